@@ -1,0 +1,43 @@
+"""fewbits: turn any language model into any few-bit format, know beforehand how big it gets, measure what it lost."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fewbits.errors import FewbitsError
+from fewbits.version import __version__
+
+if TYPE_CHECKING:
+    from fewbits.api import inspect, open, plan, quantize
+    from fewbits.capabilities import capabilities
+    from fewbits.doctor import doctor
+    from fewbits.generate import generate as run
+    from fewbits.measure import measure
+
+__all__ = [
+    "FewbitsError",
+    "__version__",
+    "capabilities",
+    "doctor",
+    "inspect",
+    "measure",
+    "open",
+    "plan",
+    "quantize",
+    "run",
+]
+
+# torch and transformers take seconds to import: a verb pays only for what it uses
+_VERBS = {
+    **{name: ("fewbits.api", name) for name in ("inspect", "open", "plan", "quantize")},
+    "capabilities": ("fewbits.capabilities", "capabilities"),
+    "doctor": ("fewbits.doctor", "doctor"),
+    "measure": ("fewbits.measure", "measure"),
+    "run": ("fewbits.generate", "generate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
+    module, attribute = _VERBS[name]
+    return getattr(import_module(module), attribute)

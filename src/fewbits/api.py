@@ -1,0 +1,162 @@
+"""The verbs that work on files, as functions: what the command line calls and what `import fewbits` offers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
+from fewbits.formats.gguf.source import gguf_source
+from fewbits.plan import MixtureOptions, Plan
+from fewbits.quantize import PlanRequest, QuantizeReport, execute, make_plan
+from fewbits.quantize.execute import Progress
+
+__all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
+
+
+class TypeShare(BaseModel):
+    """How much of a model is stored in one type."""
+
+    model_config = ConfigDict(extra="forbid")
+    dtype: str
+    tensors: int
+    weights: int
+    nbytes: int
+
+
+class Inspection(BaseModel):
+    """What the headers of a model say."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    format: str
+    architecture: str
+    n_tensors: int
+    n_weights: int
+    nbytes: int
+    bits_per_weight: float
+    types: list[TypeShare]
+    metadata: dict[str, Any]
+    tensors: list[dict[str, Any]]
+
+
+def open(source: str | Path) -> Model:
+    """Open a model directory, a GGUF file or a hub id; see `fewbits.checkpoint.open_model`."""
+    return open_model(source)
+
+
+def inspect(source: str | Path) -> Inspection:
+    """What a model holds, from its headers alone. Works for architectures that are not known, too.
+
+    Raises:
+        FewbitsError: nothing there, or damaged headers.
+    """
+    checkpoint = open_checkpoint(source)
+    infos = list(checkpoint.tensors.values())
+    if isinstance(checkpoint, GGUFCheckpoint):
+        kind, metadata = "gguf", checkpoint.metadata
+        architecture = str(metadata.get("general.architecture", "unknown"))
+    else:
+        kind, metadata = "safetensors", checkpoint.config
+        architecture = str((metadata.get("architectures") or ["unknown"])[0])
+    types = []
+    for dtype in Counter(info.dtype for info in infos):
+        of = [info for info in infos if info.dtype == dtype]
+        types.append(
+            TypeShare(
+                dtype=dtype,
+                tensors=len(of),
+                weights=sum(prod(info.shape) for info in of),
+                nbytes=sum(info.nbytes for info in of),
+            )
+        )
+    n_weights, nbytes = sum(t.weights for t in types), sum(t.nbytes for t in types)
+    return Inspection(
+        path=str(checkpoint.path),
+        format=kind,
+        architecture=architecture,
+        n_tensors=len(infos),
+        n_weights=n_weights,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / max(1, n_weights),
+        types=sorted(types, key=lambda t: -t.nbytes),
+        metadata={key: _plain(value) for key, value in metadata.items()},
+        tensors=[
+            {"name": i.name, "shape": list(i.shape), "dtype": i.dtype, "nbytes": i.nbytes, "file": i.file.name}
+            for i in infos
+        ],
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value as JSON holds it; broken UTF-8 is shown with replacement characters."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def plan(
+    source: str | Path,
+    target: str,
+    *,
+    output: str | Path | None = None,
+    mixture: MixtureOptions | None = None,
+    split_max_size: int | None = None,
+    edited: str | Path | None = None,
+    pre_tokenizer: str | None = None,
+) -> Plan:
+    """What `quantize` would make, to the byte, from headers alone.
+
+    Args:
+        target: a preset (`Q4_K_M`, `Q8_0`, ...); `fewbits list` names them all.
+        output: final file name; shapes only the names of the predicted files.
+        mixture: overrides of the preset's rules.
+        split_max_size: most bytes of tensor data in one file.
+        edited: a plan saved as JSON and changed by hand, to be checked against the model.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer where it is not recognized.
+
+    Raises:
+        FewbitsError: anything that would keep `quantize` from making the files.
+    """
+    prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
+    request = PlanRequest(
+        target,
+        mixture or MixtureOptions(),
+        split_max_size,
+        Path(output) if output else None,
+        Path(edited) if edited else None,
+    )
+    return make_plan(prepared, request)
+
+
+def quantize(
+    source: str | Path,
+    target: str,
+    output: str | Path,
+    *,
+    mixture: MixtureOptions | None = None,
+    split_max_size: int | None = None,
+    edited: str | Path | None = None,
+    pre_tokenizer: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Turn a model into a GGUF file that llama.cpp runs. Arguments as for `plan` and `fewbits.quantize.execute`.
+
+    Raises:
+        FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
+    """
+    prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
+    final = Path(output)
+    request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
+    return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)

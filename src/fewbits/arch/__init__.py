@@ -1,0 +1,24 @@
+"""Model families: the same model in Hugging Face's and in GGUF's terms, from headers alone."""
+
+from fewbits.arch.config import REST, canonical, config_from_gguf, gguf_metadata, gguf_notes
+from fewbits.arch.families import FAMILIES, Family, Key, Role, ScalePair, family_of, family_of_gguf
+from fewbits.arch.tensors import GGUFTensor, HFTensor, gguf_tensors, hf_tensors
+
+__all__ = [
+    "FAMILIES",
+    "REST",
+    "Family",
+    "GGUFTensor",
+    "HFTensor",
+    "Key",
+    "Role",
+    "ScalePair",
+    "canonical",
+    "config_from_gguf",
+    "family_of",
+    "family_of_gguf",
+    "gguf_metadata",
+    "gguf_notes",
+    "gguf_tensors",
+    "hf_tensors",
+]

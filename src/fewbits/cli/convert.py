@@ -1,0 +1,51 @@
+"""fewbits convert: to GGUF without quantizing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbits import api
+from fewbits.cli import options as o
+from fewbits.cli.output import parse_size, progress_bar
+from fewbits.cli.quantize import default_output, show
+from fewbits.errors import FewbitsError
+
+NAME = "convert"
+TARGETS = ("F32", "F16", "BF16", "COPY")
+
+
+def command(
+    model: o.ModelArgument,
+    target: Annotated[
+        str, typer.Argument(metavar="[F32|F16|BF16|COPY]", help="COPY keeps each tensor's type.")
+    ] = "COPY",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to make.")] = None,
+    split_max_size: o.SplitMaxSize = None,
+    pre_tokenizer: o.PreTokenizer = None,
+    threads: o.Threads = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+) -> None:
+    """Convert a model to GGUF, or join, split or decode GGUF files, without quantizing.
+
+    Example: fewbits convert ./SmolLM2-135M F16 -o model.gguf
+    """
+    if target.upper() not in TARGETS:
+        raise FewbitsError(
+            f"convert makes {', '.join(TARGETS)}, not {target!r}.", "Use `fewbits quantize` for the rest."
+        )
+    with progress_bar() as progress:
+        report = api.quantize(
+            model,
+            target.upper(),
+            output or default_output(model, target),
+            split_max_size=parse_size(split_max_size) if split_max_size else None,
+            pre_tokenizer=pre_tokenizer,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, json)

@@ -1,0 +1,70 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbits.errors import FewbitsError
+from fewbits.plan import MixtureOptions
+
+MODEL_HELP = "A model directory, a GGUF file, or a hub id."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A preset such as Q4_K_M; see `fewbits list`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores to use; all by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type for tensors whose name matches; first match wins."),
+]
+OutputType = Annotated[str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")]
+EmbeddingType = Annotated[
+    str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+]
+Pure = Annotated[bool, typer.Option("--pure", help="One type for every tensor instead of the preset's mixture.")]
+LeaveOutput = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight in its own type.")]
+NoFallback = Annotated[
+    bool, typer.Option("--no-fallback", help="Fail where a row does not fit the type, instead of taking a larger one.")
+]
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Split into files of at most this size, e.g. 4GB."),
+]
+EditedPlan = Annotated[
+    Path | None, typer.Option("--plan", metavar="PLAN.json", help="A saved plan, edited by hand, to be followed.")
+]
+PreTokenizer = Annotated[
+    str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, if not recognized.")
+]
+
+
+def mixture_options(
+    tensor_types: list[str] | None,
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    leave_output: bool,
+    no_fallback: bool,
+) -> MixtureOptions:
+    """The overrides of a preset's rules from the options above.
+
+    Raises:
+        FewbitsError: a --tensor-type without `=`.
+    """
+    pairs = []
+    for text in tensor_types or []:
+        pattern, equals, name = text.rpartition("=")
+        if not equals or not pattern:
+            raise FewbitsError(f"--tensor-type {text!r} has no `=`.", "Write it as REGEX=TYPE, e.g. ffn_down=Q6_K.")
+        pairs.append((pattern, name))
+    return MixtureOptions(
+        pure=pure,
+        tensor_types=pairs,
+        output_type=output_type,
+        token_embedding_type=embedding_type,
+        leave_output=leave_output,
+        no_fallback=no_fallback,
+    )

@@ -1,0 +1,92 @@
+"""fewbits quantize: a model in, a file that the engine loads out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbits import api
+from fewbits.cli import options as o
+from fewbits.cli import plan as plan_verb
+from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, talk
+from fewbits.quantize import QuantizeReport
+
+NAME = "quantize"
+
+
+def command(
+    model: o.ModelArgument,
+    target: o.TargetArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to make.")] = None,
+    tensor_type: o.TensorTypes = None,
+    output_tensor_type: o.OutputType = None,
+    token_embedding_type: o.EmbeddingType = None,
+    pure: o.Pure = False,
+    leave_output_tensor: o.LeaveOutput = False,
+    no_fallback: o.NoFallback = False,
+    split_max_size: o.SplitMaxSize = None,
+    plan: o.EditedPlan = None,
+    pre_tokenizer: o.PreTokenizer = None,
+    threads: o.Threads = None,
+    overwrite: o.Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Quantize a model.
+
+    Example: fewbits quantize ./SmolLM2-135M Q4_K_M -o model.gguf
+    """
+    mixture = o.mixture_options(
+        tensor_type, output_tensor_type, token_embedding_type, pure, leave_output_tensor, no_fallback
+    )
+    split = parse_size(split_max_size) if split_max_size else None
+    if dry_run:
+        made = api.plan(
+            model,
+            target,
+            output=output,
+            mixture=mixture,
+            split_max_size=split,
+            edited=plan,
+            pre_tokenizer=pre_tokenizer,
+        )
+        plan_verb.show(made, json)
+        return
+    output = output or default_output(model, target)
+    with progress_bar() as progress:
+        report = api.quantize(
+            model,
+            target,
+            output,
+            mixture=mixture,
+            split_max_size=split,
+            edited=plan,
+            pre_tokenizer=pre_tokenizer,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, json)
+
+
+def default_output(model: str, target: str) -> Path:
+    """`<model name>-<TARGET>.gguf` in the current folder."""
+    path = Path(model)
+    name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else model.split("/")[-1]
+    return Path(f"{name}-{target.upper()}.gguf")
+
+
+def show(report: QuantizeReport, json: bool) -> None:
+    for note in report.notes:
+        talk(f"note: {note}")
+    if json:
+        emit_json(report)
+        return
+    for file in report.files:
+        stdout.print(f"{file.name}  {megabytes(file.size)}", markup=False)
+    talk(
+        f"{report.target}: {report.bits_per_weight:.2f} bits per weight, {report.n_weights / 1e6:,.1f} M weights, "
+        f"{report.seconds:.1f} s, peak memory {megabytes(report.peak_memory)}"
+    )

@@ -1,0 +1,6 @@
+"""Storage types: numbers <-> bits. Importing this package fills the registry."""
+
+from fewbits.codecs import floats, foreign, kquants_symmetric, legacy_symmetric
+from fewbits.codecs.base import CODECS, Bytes, Codec, Floats, codec
+
+__all__ = ["CODECS", "Bytes", "Codec", "Floats", "codec", "floats", "foreign", "kquants_symmetric", "legacy_symmetric"]

@@ -1,0 +1,151 @@
+"""Q4_0, Q5_0, Q8_0: blocks of 32 with one half-precision scale and no offset.
+
+Layouts: block_q4_0, block_q5_0, block_q8_0 of ggml-common.h. Low nibbles hold elements 0-15, high nibbles
+elements 16-31; fifth bits lie in a 32-bit word, element i at bit i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
+from fewbits.kernels.symmetric import make_encoder
+
+U8 = npt.NDArray[np.uint8]
+
+
+@njit(**EXACT)
+def _pack_q4_0(codes: U8, lane: int, scale: np.float32, out: U8) -> None:
+    put_f16(out, 0, scale)
+    for i in range(16):
+        out[2 + i] = codes[i, lane] | (codes[i + 16, lane] << 4)
+
+
+@njit(**EXACT)
+def _pack_q5_0(codes: U8, lane: int, scale: np.float32, out: U8) -> None:
+    put_f16(out, 0, scale)
+    for byte in range(4):
+        high = np.int32(0)
+        for bit in range(8):
+            high |= np.int32(codes[8 * byte + bit, lane] >> 4) << bit
+        out[2 + byte] = np.uint8(high)
+    for i in range(16):
+        out[6 + i] = (codes[i, lane] & 15) | ((codes[i + 16, lane] & 15) << 4)
+
+
+@njit(**EXACT)
+def _decode_q4_0(data: U8, out: Floats) -> None:
+    for block in range(data.shape[0]):
+        d = get_f16(data[block], 0)
+        for i in range(16):
+            byte = np.int32(data[block, 2 + i])
+            out[block, i] = np.float32((byte & 15) - 8) * d
+            out[block, i + 16] = np.float32((byte >> 4) - 8) * d
+
+
+@njit(**EXACT)
+def _decode_q5_0(data: U8, out: Floats) -> None:
+    for block in range(data.shape[0]):
+        d = get_f16(data[block], 0)
+        for i in range(32):
+            low = (np.int32(data[block, 6 + (i & 15)]) >> (i // 16 * 4)) & 15
+            high = (np.int32(data[block, 2 + (i >> 3)]) >> (i & 7)) & 1
+            out[block, i] = np.float32((low | (high << 4)) - 16) * d
+
+
+@njit(**EXACT)
+def _decode_q8_0(data: U8, out: Floats) -> None:
+    for block in range(data.shape[0]):
+        d = get_f16(data[block], 0)
+        for i in range(32):
+            out[block, i] = np.float32(np.int8(data[block, 2 + i])) * d
+
+
+@njit(**EXACT)
+def _encode_q8_0(x: Floats, out: U8) -> None:
+    for block in range(out.shape[0]):
+        top = np.float32(0)
+        for i in range(32):
+            top = max(top, abs(x[32 * block + i]))
+        d = min(top / np.float32(127), np.float32(65504))
+        inverse = np.float32(1) / d if d > np.float32(1e-30) else np.float32(0)
+        put_f16(out[block], 0, d)
+        for i in range(32):
+            t = x[32 * block + i] * inverse
+            # half away from zero, as ggml's roundf
+            t = np.trunc(t + (np.float32(0.5) if t >= 0 else np.float32(-0.5)))
+            out[block, 2 + i] = np.uint8(np.int32(min(max(t, np.float32(-127)), np.float32(127))) & 255)
+
+
+def blocks_of(codec: type[Codec], data: Bytes) -> Bytes:
+    """[rows, row bytes] -> [blocks, block bytes]."""
+    return np.ascontiguousarray(data).reshape(-1, codec.block_bytes)
+
+
+class _Symmetric(Codec):
+    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+
+    weighted = True
+    encoder: Any
+    decoder: Any
+
+    @classmethod
+    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
+        rows, columns = weights.shape
+        out = np.empty((rows * columns // cls.block, cls.block_bytes), np.uint8)
+        flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
+        cls.encoder(flat, usable_importance(importance, columns), out)
+        return out.reshape(rows, -1)
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = blocks_of(cls, data)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.decoder(blocks, out)
+        return out.reshape(data.shape[0], -1)
+
+
+class Q4_0(_Symmetric):
+    """16 levels, one scale for 32 weights."""
+
+    name = "Q4_0"
+    block = 32
+    block_bytes = 18
+    encoder = staticmethod(make_encoder(32, 8, 2, _pack_q4_0))
+    decoder = staticmethod(_decode_q4_0)
+
+
+class Q5_0(_Symmetric):
+    """32 levels, one scale for 32 weights."""
+
+    name = "Q5_0"
+    block = 32
+    block_bytes = 22
+    encoder = staticmethod(make_encoder(32, 16, 2, _pack_q5_0))
+    decoder = staticmethod(_decode_q5_0)
+
+
+class Q8_0(Codec):
+    """255 levels, one scale for 32 weights: the scale that just holds the largest, as ggml takes it."""
+
+    name = "Q8_0"
+    block = 32
+    block_bytes = 34
+
+    @classmethod
+    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
+        out = np.empty((weights.size // cls.block, cls.block_bytes), np.uint8)
+        _encode_q8_0(np.ascontiguousarray(weights, np.float32).reshape(-1), out)
+        return out.reshape(weights.shape[0], -1)
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = blocks_of(cls, data)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        _decode_q8_0(blocks, out)
+        return out.reshape(data.shape[0], -1)

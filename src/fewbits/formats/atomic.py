@@ -1,0 +1,88 @@
+"""Results appear under their final name whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from fewbits.errors import FewbitsError
+
+
+class AtomicFile:
+    """A context manager that writes beside the final name and renames at the end; on any error nothing is left.
+
+    Raises:
+        FewbitsError: the output exists (without `overwrite`), its folder does not or is not writable, no room.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        check_output(path, overwrite)
+
+    def __enter__(self) -> AtomicFile:
+        try:
+            self.stream: BinaryIO = open(self.partial, "wb")
+        except OSError as error:
+            raise self._explain(error) from None
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            raise self._explain(error) from None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.stream.flush()
+            if error is None:
+                os.fsync(self.stream.fileno())
+            self.stream.close()
+            if error is None:
+                os.replace(self.partial, self.path)
+        except OSError as fault:
+            if error is None:
+                raise self._explain(fault) from None
+        finally:
+            # a failed flush leaves the stream open with its buffer: close the descriptor without writing it
+            if not self.stream.closed:
+                self.stream.raw.close() if hasattr(self.stream, "raw") else None
+            self.partial.unlink(missing_ok=True)
+
+    def _explain(self, error: OSError) -> FewbitsError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return FewbitsError(f"{self.path}: no room left on the disk.", "Free some or choose another output folder.")
+        return FewbitsError(f"{self.path}: cannot be written ({error.strerror}).", "Choose another output.")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output that cannot be written before any work is done.
+
+    Raises:
+        FewbitsError: it exists (without `overwrite`), or its folder does not exist.
+    """
+    if path.is_dir():
+        raise FewbitsError(f"{path}: the output is a directory.", "Name a file.")
+    if path.exists() and not overwrite:
+        raise FewbitsError(f"{path}: the output exists.", "Choose another name or pass --overwrite.")
+    if not path.parent.is_dir():
+        raise FewbitsError(f"{path}: the folder {path.parent} does not exist.", "Create it first.")
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse early when the disk cannot hold the result.
+
+    Raises:
+        FewbitsError: with both sizes.
+    """
+    status = os.statvfs(path.parent)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise FewbitsError(
+            f"{path}: the result needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free.",
+            "Free some or choose another output folder.",
+        )

@@ -1,0 +1,103 @@
+"""What all block searches share: tiles of blocks side by side, half precision, importances that cannot divide by zero.
+
+A tile holds 128 blocks as [elements of a block, 128 lanes]. Every accumulator is an array of 128 lanes and the
+innermost loop runs over lanes without branches, so that it becomes vector code. A tile is always full (lanes beyond the last
+block repeat it), so a block's bytes never depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+LANES = 128
+FAST = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
+EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
+TINY = np.float32(1e-30)
+"""Blocks whose range is below this are stored as constants: its inverse would leave float32."""
+F16_MAX = np.float32(65504.0)
+
+
+def usable_importance(importance: npt.NDArray[np.float32] | None, columns: int) -> npt.NDArray[np.float32]:
+    """Importances scaled to a mean of one, none of them zero, so that no weighted sum vanishes or overflows.
+
+    Args:
+        importance: [columns], or None for ones.
+    """
+    if importance is None:
+        return np.ones(columns, np.float32)
+    wide = np.nan_to_num(np.maximum(importance.astype(np.float64), 0.0), nan=0.0, posinf=0.0)
+    mean = wide.mean()
+    if not mean > 0:
+        return np.ones(columns, np.float32)
+    return np.maximum(wide / mean, 1e-6).astype(np.float32)
+
+
+@njit(**EXACT)
+def load_tile(
+    x: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32],
+    first: int,
+    count: int,
+    xt: npt.NDArray[np.float32],
+    wt: npt.NDArray[np.float32],
+) -> None:
+    """Gather blocks first..first+127 of flat x (row-major [rows, columns]) into xt, wt [elements, lanes]."""
+    elements = xt.shape[0]
+    per_row = importance.size // elements
+    for lane in range(LANES):
+        block = min(first + lane, count - 1)
+        start = block * elements
+        column = (block % per_row) * elements
+        for i in range(elements):
+            xt[i, lane] = x[start + i]
+            wt[i, lane] = importance[column + i]
+
+
+@njit(**EXACT)
+def to_f16(value: np.float32) -> np.uint16:
+    """Bits of the nearest finite half, ties to even; what is too large becomes the largest."""
+    bits = np.float32(value).view(np.uint32)
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    if magnitude >= np.uint32(0x477FE000 + 0x1000):  # rounds past 65504
+        return np.uint16(sign | np.uint32(0x7BFF))
+    if magnitude < np.uint32(0x38800000):  # below the smallest normal half: steps of 2^-24
+        scaled = np.float32(magnitude.view(np.float32) * np.float32(16777216.0))
+        return np.uint16(sign | np.uint32(np.rint(scaled)))
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    return np.uint16(sign | ((magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)))
+
+
+@njit(**EXACT)
+def from_f16(bits: np.uint16) -> np.float32:
+    """Value of a finite half, infinity or NaN."""
+    sign = np.uint32(bits & np.uint16(0x8000)) << np.uint32(16)
+    exponent = (np.uint32(bits) >> np.uint32(10)) & np.uint32(31)
+    mantissa = np.uint32(bits) & np.uint32(0x3FF)
+    if exponent == np.uint32(0):
+        value = np.float32(mantissa) * np.float32(5.960464477539063e-08)
+        return np.float32(-value) if sign else np.float32(value)
+    if exponent == np.uint32(31):
+        return np.uint32(sign | np.uint32(0x7F800000) | (mantissa << np.uint32(13))).view(np.float32)
+    return np.uint32(sign | ((exponent + np.uint32(112)) << np.uint32(23)) | (mantissa << np.uint32(13))).view(
+        np.float32
+    )
+
+
+@njit(**EXACT)
+def round_f16(value: np.float32) -> np.float32:
+    return from_f16(to_f16(value))
+
+
+@njit(**EXACT)
+def put_f16(out: npt.NDArray[np.uint8], at: int, value: np.float32) -> None:
+    bits = to_f16(value)
+    out[at] = np.uint8(bits & np.uint16(0xFF))
+    out[at + 1] = np.uint8(bits >> np.uint16(8))
+
+
+@njit(**EXACT)
+def get_f16(data: npt.NDArray[np.uint8], at: int) -> np.float32:
+    return from_f16(np.uint16(data[at]) | (np.uint16(data[at + 1]) << np.uint16(8)))

@@ -1,0 +1,53 @@
+"""What every method has in common, and the registry that the class definitions fill."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs import Codec
+from fewbits.errors import FewbitsError
+
+METHODS: dict[str, type[Method]] = {}
+
+
+class Method(ABC):
+    """A way of choosing codes for rows of weights."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        METHODS[cls.name] = cls
+
+    @classmethod
+    @abstractmethod
+    def quantize(
+        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Choose codes.
+
+        Args:
+            weights: float32 [rows, columns], finite.
+            codec: the storage type.
+            importance: float32 [columns] weight of each column's squared error, or None for ones.
+
+        Returns:
+            uint8 [rows, bytes per row].
+        """
+
+
+def method(name: str) -> type[Method]:
+    """The method of this name.
+
+    Raises:
+        FewbitsError: unknown; the message lists the known ones.
+    """
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise FewbitsError(f"Unknown method {name!r}.", f"Known: {', '.join(sorted(METHODS))}.") from None

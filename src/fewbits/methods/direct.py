@@ -1,0 +1,39 @@
+"""Methods that look at one block of weights at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs import Codec
+from fewbits.methods.base import Method
+
+
+class Convert(Method):
+    """Rounding to another floating-point type; importances have no say."""
+
+    name = "convert"
+    summary = "rounds to the nearest value of a floating-point type"
+
+    @classmethod
+    def quantize(
+        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.uint8]:
+        return codec.encode(weights)
+
+
+class Search(Method):
+    """The scales of each block with the least weighted squared error, by the codec's own search.
+
+    Importances of ones beat llama.cpp's path without imatrix for every type (specs, gguf.md section 2), so searching
+    is the default with or without calibration.
+    """
+
+    name = "search"
+    summary = "searches each block's scales for the least (importance-weighted) squared error"
+
+    @classmethod
+    def quantize(
+        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.uint8]:
+        return codec.encode(weights, importance)

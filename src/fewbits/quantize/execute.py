@@ -1,0 +1,148 @@
+"""Executing a plan: read a slab, choose its codes, write it, with all three overlapping and memory bounded."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from fewbits.codecs import codec
+from fewbits.errors import FewbitsError
+from fewbits.formats.atomic import check_output, check_room
+from fewbits.formats.gguf.source import GGUFSource
+from fewbits.formats.gguf.writer import write_shards
+from fewbits.methods import method
+from fewbits.plan import Plan, PlannedFile, PlannedTensor
+from fewbits.quantize.planning import refuse_unmakeable, shards_of
+
+SLAB_WEIGHTS = 1 << 21
+"""Weights in a slab: 8 MB as float32, small enough for a bound on memory and large enough to drown the overheads."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes written, bytes in all and the tensor at hand."""
+
+
+class QuantizeReport(BaseModel):
+    """What a run made."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    target: str
+    files: list[PlannedFile]
+    size: int
+    n_weights: int
+    bits_per_weight: float
+    n_fallbacks: int
+    notes: list[str]
+    seconds: float
+    peak_memory: int
+
+
+def execute(
+    plan: Plan,
+    source: GGUFSource,
+    output: Path,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Make the files of a plan.
+
+    Args:
+        threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
+
+    Raises:
+        FewbitsError: the output exists, the disk is full, a weight is NaN or infinite, a type cannot be made yet.
+    """
+    started = time.monotonic()
+    refuse_unmakeable(plan)
+    shards = shards_of(plan, source.metadata, output)
+    for shard in shards:
+        check_output(shard.path, overwrite)
+    check_room(output, sum(shard.nbytes for shard in shards))
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
+        try:
+            write_shards(shards, _pieces(plan, source, pool, progress), overwrite)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return QuantizeReport(
+        model=str(source.path),
+        target=plan.target,
+        files=[PlannedFile(name=shard.path.name, size=shard.path.stat().st_size) for shard in shards],
+        size=sum(shard.path.stat().st_size for shard in shards),
+        n_weights=plan.n_weights,
+        bits_per_weight=plan.bits_per_weight,
+        n_fallbacks=len(plan.fallbacks),
+        notes=plan.notes,
+        seconds=time.monotonic() - started,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def _pieces(
+    plan: Plan, source: GGUFSource, pool: ThreadPoolExecutor, progress: Progress | None
+) -> Iterator[Iterable[memoryview]]:
+    """Each tensor's bytes in pieces. A few slabs are ahead of the writer, across tensor borders, never more."""
+    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source))
+    ahead: deque[tuple[PlannedTensor, Future[npt.NDArray[np.uint8]]]] = deque()
+    lookahead = 2 * pool._max_workers
+    total, done = sum(tensor.nbytes for tensor in plan.tensors), 0
+
+    def refill() -> None:
+        while len(ahead) < lookahead and (item := next(jobs, None)):
+            ahead.append((item[0], pool.submit(item[1])))
+
+    def of(tensor: PlannedTensor) -> Iterator[memoryview]:
+        nonlocal done
+        refill()
+        while ahead and ahead[0][0] is tensor:
+            data = ahead.popleft()[1].result()
+            refill()
+            yield memoryview(data).cast("B")
+            done += data.nbytes
+            if progress:
+                progress(done, total, tensor.name)
+
+    for tensor in plan.tensors:
+        yield of(tensor)
+
+
+def _jobs(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
+    columns = tensor.shape[-1] if tensor.shape else 1
+    lines = prod(tensor.shape[:-1])
+    if tensor.method == "copy" and tensor.name in source.stored:
+        yield from _copies(tensor, source)
+        return
+    step = max(1, SLAB_WEIGHTS // max(1, columns))
+    for start in range(0, lines, step):
+        yield lambda start=start: _encode(tensor, source, start, min(start + step, lines))
+
+
+def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
+    for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
+        stop = min(start + 4 * SLAB_WEIGHTS, tensor.nbytes)
+        yield lambda start=start, stop=stop: source.stored[tensor.name](start, stop)
+
+
+def _encode(tensor: PlannedTensor, source: GGUFSource, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    weights = np.ascontiguousarray(source.read[tensor.name](start, stop).reshape(stop - start, -1), np.float32)
+    # min and max carry any NaN along and allocate nothing
+    if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
+        bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
+        raise FewbitsError(
+            f"{source.path}: tensor {tensor.name!r} holds NaN or infinite weights (row {start + bad}).",
+            "Such a model is damaged: fetch it again or repair the training run.",
+        )
+    # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
+    chosen = method("convert" if tensor.method == "copy" else tensor.method)
+    return chosen.quantize(weights, codec(tensor.codec))

@@ -1,0 +1,48 @@
+"""Where tests find the text and the models that are too large for the project, and the embedded model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with specs, text and tools beside the checkout ($FEWBITS_SHARED overrides)."""
+    folder = Path(os.environ.get("FEWBITS_SHARED", ROOT.parent / "shared"))
+    if not (folder / "specs").is_dir():
+        pytest.skip(f"no shared material at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_models(shared_dir: Path) -> Path:
+    """A folder with smollm2-135m, smollm2-576 and smollm2-768 ($FEWBITS_TEST_MODELS, else models/), made on demand."""
+    folder = Path(os.environ.get("FEWBITS_TEST_MODELS", ROOT / "models"))
+    if not (folder / "smollm2-768" / "model.safetensors").exists():
+        tool = shared_dir / "tools" / "make_test_models.py"
+        made = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, check=False)
+        if made.returncode:
+            pytest.skip(f"the test models could not be made: {made.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped.append(f"{report.nodeid}: {report.longrepr[-1] if report.longrepr else ''}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With FEWBITS_REQUIRE_ENGINES set (as in .ci/run, which has engine, texts and models), a skip is a failure."""
+    if os.environ.get("FEWBITS_REQUIRE_ENGINES") and _skipped and not hasattr(session.config, "workerinput"):
+        print("\nskipped, but everything they need can be had here:", *_skipped, sep="\n  ")
+        session.exitstatus = 1
