@@ -280,6 +280,7 @@ REFUSED = {
     ),
     "no number": ("llama", {"intermediate_size": "big"}, "intermediate_size is 'big'"),
     "missing": ("llama", {"max_position_embeddings": None}, "lacks max_position_embeddings"),
+    "damaged header": ("llama-llama3", {"head_dim": 2**32 - 1}, "head_dim is 4294967295"),
     "no layers": ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,11 +226,10 @@ def outside_ascii(line: str, *categories: str) -> bool:
 # every character outside ASCII to a stand-in for its class before matching, so that its regexes cannot tell upper from
 # lower case there (nor count combining marks as letters), and takes \d and \b otherwise there.
 CASE_BLIND = dict.fromkeys(
-    ("tekken", "gpt-4o", "granite-embed-multi-97m", "youtu"), ("Lu", "Ll", "Lt", "Mn", "Mc", "Me")
+    ("tekken", "gpt-4o", "granite-embed-multi-97m", "youtu", "tiny_aya"), ("Lu", "Ll", "Lt", "Mn", "Mc", "Me")
 )
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     **CASE_BLIND,
-    "tiny_aya": ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No"),
     "superbpe": ("Nd",),
 }
 
@@ -241,8 +241,10 @@ def test_every_pre_tokenizer_of_the_table_agrees_with_llama_cpp(
 ) -> None:
     directory = train_byte_level(tmp_path / "model", pt.build(row), row.ignore_merges)
     metadata = gguf_tokenizer(directory, {}, pre=row.name)
-    lines = [line for line in mixed_lines(600) if not outside_ascii(line, *DIFFERENCES.get(row.name, ()))]
-    assert len(lines) > 100
+    lines = [line for line in mixed_lines(800) if not outside_ascii(line, *DIFFERENCES.get(row.name, ()))]
+    if row.name == "tiny_aya":  # llama.cpp groups digits with code of its own, which it marks as not quite the regex
+        lines = [line for line in lines if not any(map(str.isdigit, line))]
+    assert len(lines) > 90
     llama = engine(metadata)
     assert mismatches(llama, plain(load_tokenizer(directory)), lines) == []
     if row.recognize:
@@ -401,8 +403,8 @@ def test_published_vocabularies_of_llama_cpp(engine: Any) -> None:
     assert compared
 
 
-def test_flags_templates_and_ids(tmp_path: Path) -> None:
-    directory = train_byte_level(tmp_path / "model", GPT2_BYTES)
+def test_flags_templates_and_ids(trained: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
     document = json.loads((directory / "tokenizer.json").read_text())
     document["post_processor"] = {
         "type": "Sequence",
@@ -444,9 +446,8 @@ def test_flags_templates_and_ids(tmp_path: Path) -> None:
     assert gguf_tokenizer(directory, {})["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_two_file_bpe_is_read(tmp_path: Path) -> None:
-    directory = train_byte_level(tmp_path / "model", GPT2_BYTES)
-    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+def test_two_file_bpe_is_read(trained: Path, tmp_path: Path) -> None:
+    model = json.loads((trained / "tokenizer.json").read_text())["model"]
     old = tmp_path / "old"
     old.mkdir()
     (old / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -457,6 +458,12 @@ def test_two_file_bpe_is_read(tmp_path: Path) -> None:
     metadata = gguf_tokenizer(old, {})
     assert metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert metadata["tokenizer.ggml.merges"][:50] == merges[:50]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2-like tokenizer; tests that change it work on a copy."""
+    return train_byte_level(tmp_path_factory.mktemp("trained"), GPT2_BYTES)
 
 
 def break_json(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -483,8 +490,8 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_broken_tokenizer_files_are_named(what: str, tmp_path: Path) -> None:
-    directory = train_byte_level(tmp_path / "model", GPT2_BYTES)
+def test_broken_tokenizer_files_are_named(what: str, trained: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(trained, tmp_path / "model"))
     change, message = BROKEN[what]
     break_json(directory, change)
     with pytest.raises(FewbitsError, match=message) as caught:
@@ -499,7 +506,7 @@ def test_pre_tokenizer_can_be_named(tmp_path: Path) -> None:
         gguf_tokenizer(directory, {}, pre="a b")
 
 
-def test_missing_files_sizes_and_bad_json(tmp_path: Path) -> None:
+def test_missing_files_sizes_and_bad_json(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(FewbitsError, match="no tokenizer found; looked for"):
         gguf_tokenizer(tmp_path, {})
     with pytest.raises(FewbitsError, match="no tokenizer found; looked for"):
@@ -515,10 +522,9 @@ def test_missing_files_sizes_and_bad_json(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 not a model")
     with pytest.raises(FewbitsError, match="not a SentencePiece model"):
         gguf_tokenizer(tmp_path, {})
-    directory = train_byte_level(tmp_path / "model", GPT2_BYTES)
     with pytest.raises(FewbitsError, match="vocab_size is 100"):
-        gguf_tokenizer(directory, {"vocab_size": 100})
-    assert len(gguf_tokenizer(directory, {"vocab_size": 1200})["tokenizer.ggml.tokens"]) == 1200
+        gguf_tokenizer(trained, {"vocab_size": 100})
+    assert len(gguf_tokenizer(trained, {"vocab_size": 1200})["tokenizer.ggml.tokens"]) == 1200
 
 
 @pytest.mark.parametrize(

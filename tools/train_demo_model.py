@@ -37,6 +37,9 @@ CONTEXT = 512
 HELD_OUT_SHARE = 0.05
 # One window in four begins with <|endoftext|>, so that the model knows it as a start and does not depend on it.
 MARKED_SHARE = 0.25
+# Attention over 256 tokens is cheaper; the whole context is learned while the learning rate falls.
+SHORT = 256
+DECAY_SHARE = 0.3
 DEMO = Path(__file__).resolve().parent.parent / "src" / "fewbits" / "demo"
 
 
@@ -115,7 +118,7 @@ def batch(parts: list[NDArray[np.int64]], seed: int, step: int, rows: int, lengt
 
 
 def loss_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihoods [rows, length] in nats of every token of windows [rows, length + 1] but the first."""
+    """Negative log-likelihoods [rows, length] in nats of each token but the first of windows [rows, length + 1]."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.training):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     flat = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
@@ -133,10 +136,12 @@ def token_losses(model: LlamaForCausalLM, tokens: NDArray[np.int64], limit: int 
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+    """Up in a line, then level, then down to zero in a line over the last `DECAY_SHARE` of the steps."""
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (steps * DECAY_SHARE))
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def write_whole(state: object, path: Path) -> None:
@@ -174,7 +179,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, arguments.steps, arguments.learning_rate, arguments.warmup)
         model.train()
-        loss = loss_of(model, batch(parts, arguments.seed, step, arguments.batch, CONTEXT)).mean()
+        length = SHORT if step < arguments.steps * (1 - DECAY_SHARE) else CONTEXT
+        windows = batch(parts, arguments.seed, step, arguments.tokens // length, length)
+        loss = loss_of(model, windows).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,7 +190,7 @@ def train(
         if step % arguments.every and step < arguments.steps:
             continue
         # Per file, so that the long Bible does not decide alone.
-        now = float(np.mean([token_losses(model, tokens, limit=24).mean() for tokens in validation]))
+        now = float(np.mean([token_losses(model, tokens, limit=12).mean() for tokens in validation]))
         stale = 0 if now < best else stale + 1
         if now < best:
             best, best_step = now, step
@@ -202,7 +209,7 @@ def train(
     return {
         "steps": step,
         "kept step": best_step,
-        "tokens seen": step * arguments.batch * CONTEXT,
+        "tokens seen": step * arguments.tokens,
         "seconds": round(seconds),
     }
 
@@ -262,12 +269,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=DEMO, help="where model/ and held_out.txt go")
     parser.add_argument("--work", type=Path, required=True, help="a folder for checkpoints and figures.json")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=4, help="windows of 512 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, a multiple of 512")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--patience", type=int, default=5, help="stop after so many checkpoints that were no better")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -297,12 +304,16 @@ def main() -> None:
     folder = arguments.out / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # What save_pretrained writes of its own accord is for one version of transformers only, or says nothing.
+    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0})
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     (arguments.out / "held_out.txt").write_text("".join(held_out for _, _, held_out in texts), "utf-8")
     # The figures are those of the file that was written, bf16 rounding included.
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     report |= figures(texts, names, tokenizer, written, untrained)
     print(json.dumps(report, indent=2))
-    (arguments.work / "figures.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    write_json(arguments.work / "figures.json", report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """fewbits: turn any language model into any few-bit format, know beforehand how big it gets, measure what it lost."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fewbits.errors import FewbitsError
@@ -41,3 +43,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
     module, attribute = _VERBS[name]
     return getattr(import_module(module), attribute)
+
+
+class _Package(ModuleType):
+    """Some verbs are named like the subpackage they live in: the verb keeps the name when the import system binds it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -41,10 +41,11 @@ class MethodRow(_Row):
 
 
 class ArchitectureRow(_Row):
-    """A model family and the architecture names that config.json gives it."""
+    """A model family: its name in config.json and in a GGUF's `general.architecture`."""
 
     family: str
-    names: list[str]
+    architecture: str
+    gguf: str
 
 
 class Capabilities(_Row):
@@ -80,6 +81,7 @@ def capabilities() -> Capabilities:
         ],
         methods=[MethodRow(name=method.name, summary=method.summary) for method in METHODS.values()],
         architectures=[
-            ArchitectureRow(family=family.name, names=list(family.architectures)) for family in arch.FAMILIES
+            ArchitectureRow(family=family.name, architecture=family.architecture, gguf=family.gguf)
+            for family in arch.FAMILIES
         ],
     )

@@ -1,5 +1,11 @@
 """The errors that a user sees: one clear line that names the file, the tensor and the way out."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class FewbitsError(Exception):
     """Bad input or a request that cannot be met. The command line prints it as one line and exits with code 2.
@@ -13,3 +19,14 @@ class FewbitsError(Exception):
         super().__init__(f"{message} {hint}".strip() if hint else message)
         self.message = message
         self.hint = hint
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Name the file in errors of code that knows no files."""
+    try:
+        yield
+    except FewbitsError as error:
+        if str(path) in error.message:
+            raise
+        raise FewbitsError(f"{path}: {error.message}", error.hint) from None

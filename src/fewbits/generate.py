@@ -94,12 +94,13 @@ def _in_llama_cpp(
     room = engine.n_ctx() - len(ids)
     if room < 1:
         raise FewbitsError(f"The prompt has {len(ids)} tokens, the model's context holds {engine.n_ctx()}.")
+    vocabulary = llama_cpp.llama_model_get_vocab(engine.model)
     made: list[int] = []
     started = time.perf_counter()
     for token in engine.generate(ids, temp=temperature, top_k=1 if temperature == 0 else 40, repeat_penalty=1.0):
         if not made:
             started = time.perf_counter()
-        if engine._model.token_is_eog(token):
+        if llama_cpp.llama_vocab_is_eog(vocabulary, token):
             break
         made.append(token)
         if len(made) >= min(tokens, room):

@@ -17,8 +17,8 @@ REST = "fewbits.config"
 """GGUF key that holds, as JSON, what config.json says and no other key does. llama.cpp ignores keys it does not know.
 """
 
-_MOST = 4096
-"""More layers or experts than this are a damaged header, not a model."""
+_MOST = {"block_count": 4096, "expert_count": 4096, "attention.key_length": 65536, "embedding_length": 2**24}
+"""Values past these come from a damaged header, not from a model; lists and arrays of that length are made."""
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "quantization_config", "auto_map")
 _OTHER_SPELLINGS = (
     "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor",
@@ -79,7 +79,7 @@ def _check_number(config: Mapping[str, Any], key: Key) -> None:
         return
     if value is None:
         raise FewbitsError(f"The configuration lacks {name}.")
-    most = _MOST if key.gguf in ("block_count", "expert_count") else 2**32 - 1
+    most = _MOST.get(key.gguf, 2**32 - 1)
     kinds = int | float if key.real else int
     if isinstance(value, bool) or not isinstance(value, kinds) or not (0 if key.real else 1) <= value <= most:
         raise FewbitsError(f"The configuration's {name} is {value!r}, which it cannot be.")

@@ -13,7 +13,7 @@ from fewbits import arch
 from fewbits.checkpoint.gguf import GGUFCheckpoint
 from fewbits.checkpoint.hub import fetch
 from fewbits.checkpoint.safetensors import SafetensorsCheckpoint
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, about
 from fewbits.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ class Model:
     def __init__(self, checkpoint: SafetensorsCheckpoint | GGUFCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
+        with about(checkpoint.path):
+            self._translate(checkpoint)
+
+    def _translate(self, checkpoint: SafetensorsCheckpoint | GGUFCheckpoint) -> None:
         if isinstance(checkpoint, GGUFCheckpoint):
-            self.config: dict[str, Any] = arch.config_from_gguf(checkpoint.metadata)
             shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+            self.config: dict[str, Any] = arch.config_from_gguf(checkpoint.metadata, shapes, checkpoint.read)
             self._views = {tensor.name: tensor for tensor in arch.hf_tensors(self.config, shapes)}
             self._shapes = {name: view.shape for name, view in self._views.items()}
         else:

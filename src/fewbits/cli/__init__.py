@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-import click
 import typer
 
 from fewbits.cli import convert, demo, doctor, inspect, listing, measure, plan, quantize, run
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Turn any language model into any few-bit format, know beforehand how big it gets, measure what it lost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (quantize, plan, convert, measure, inspect, run, listing, doctor, demo):
@@ -32,17 +33,11 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except FewbitsError as error:
         talk(f"fewbits: {error}")
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        talk("fewbits: stopped; nothing half-written is left.")
-        sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()
+        # the reader of our output has gone: nothing more to say, and no traceback about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    sys.exit(code if isinstance(code, int) else 0)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from fewbits.quantize.execute import Progress as Callback
 
-stdout = Console(soft_wrap=True, highlight=False)
+# a pipe has no width: give tables room instead of cutting them at 80 columns
+stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -36,8 +37,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
         shown.add_column(header, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    # a pipe has no width: give the table room instead of cutting it at 80 columns
-    stdout.print(shown, markup=False, width=None if stdout.is_terminal else 200)
+    stdout.print(shown, markup=False)
 
 
 @contextmanager

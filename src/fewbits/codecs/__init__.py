@@ -1,6 +1,25 @@
 """Storage types: numbers <-> bits. Importing this package fills the registry."""
 
-from fewbits.codecs import floats, foreign, kquants_symmetric, legacy_symmetric
+from fewbits.codecs import (
+    floats,
+    foreign,
+    kquants_asymmetric,
+    kquants_symmetric,
+    legacy_asymmetric,
+    legacy_symmetric,
+)
 from fewbits.codecs.base import CODECS, Bytes, Codec, Floats, codec
 
-__all__ = ["CODECS", "Bytes", "Codec", "Floats", "codec", "floats", "foreign", "kquants_symmetric", "legacy_symmetric"]
+__all__ = [
+    "CODECS",
+    "Bytes",
+    "Codec",
+    "Floats",
+    "codec",
+    "floats",
+    "foreign",
+    "kquants_asymmetric",
+    "kquants_symmetric",
+    "legacy_asymmetric",
+    "legacy_symmetric",
+]

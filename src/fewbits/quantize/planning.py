@@ -59,7 +59,7 @@ def make_plan(source: GGUFSource, request: PlanRequest) -> Plan:
     )
     if request.edited is not None:
         plan = apply_edits(plan, Plan.load(request.edited))
-    plan = plan.model_copy(update={"notes": [*plan.notes, *_losses(plan)]})
+    plan = plan.model_copy(update={"notes": [*source.notes, *plan.notes, *_losses(plan)]})
     stem = source.path.stem if source.path.suffix == ".gguf" else source.path.resolve().name
     shards = shards_of(plan, source.metadata, request.output or Path(f"{stem}-{chosen.name}.gguf"))
     files = [PlannedFile(name=shard.path.name, size=shard.nbytes) for shard in shards]

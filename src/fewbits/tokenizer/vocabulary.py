@@ -33,13 +33,13 @@ class Vocabulary:
     Attributes:
         texts: what `tokenizer.ggml.tokens` holds.
         types: gguf.TokenType values.
-        scores: SentencePiece scores (higher merges first); empty for byte-level BPE.
+        scores: SentencePiece scores (higher merges first); None for byte-level BPE.
         merges: "left right" pairs, most frequent first; empty for SentencePiece.
     """
 
-    texts: list[str]
-    types: list[int]
-    scores: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    scores: list[float] | None = None
     merges: list[str] = field(default_factory=list)
 
     @property
@@ -51,7 +51,7 @@ class Vocabulary:
         """Sets one token, padding with unused tokens up to it."""
         self.pad(token_id + 1)
         self.texts[token_id], self.types[token_id] = text, int(kind)
-        if self.scores:
+        if self.scores is not None:
             self.scores[token_id] = score
 
     def pad(self, size: int) -> None:
@@ -59,7 +59,7 @@ class Vocabulary:
         for token_id in range(len(self.texts), size):
             self.texts.append(f"[PAD{token_id}]")
             self.types.append(int(TokenType.UNUSED))
-            if self.scores:
+            if self.scores is not None:
                 self.scores.append(PAD_SCORE)
 
     def finish(self, files: TokenizerFiles) -> None:
@@ -77,11 +77,11 @@ class Vocabulary:
             )
         if beyond:
             log.warning("%s: %d added tokens beyond the embedding left out", files.directory, len(beyond))
-        for values in (self.texts, self.types, self.scores):
+        for values in (self.texts, self.types, self.scores or []):
             del values[size:]
         self.pad(size)
-        if len(set(self.texts)) != size:
-            twice = next(text for token_id, text in enumerate(self.texts) if self.ids[text] != token_id)
+        if len(last := self.ids) != size:
+            twice = next(text for token_id, text in enumerate(self.texts) if last[text] != token_id)
             raise FewbitsError(
                 f"{files.directory}: the token {twice!r} is in the vocabulary twice.", "llama.cpp refuses such a file."
             )
@@ -89,7 +89,7 @@ class Vocabulary:
     def metadata(self) -> dict[str, Any]:
         """The `tokenizer.ggml.*` arrays."""
         found: dict[str, Any] = {"tokenizer.ggml.tokens": self.texts}
-        if self.scores:
+        if self.scores is not None:
             found["tokenizer.ggml.scores"] = np.asarray(self.scores, np.float32)
         found["tokenizer.ggml.token_type"] = np.asarray(self.types, np.int32)
         if self.merges:
@@ -100,7 +100,7 @@ class Vocabulary:
 def byte_level(files: TokenizerFiles) -> Vocabulary:
     """The vocabulary of a byte-level BPE tokenizer.json."""
     vocab, merges = _model(files)
-    vocabulary = Vocabulary([], [])
+    vocabulary = Vocabulary()
     for text, token_id in vocab.items():
         vocabulary.put(token_id, text, TokenType.NORMAL, 0.0)
     # a space inside a merge would end it: spell it as the byte-level alphabet does
@@ -120,7 +120,7 @@ def sentencepiece_style(files: TokenizerFiles) -> Vocabulary:
     order: dict[str, int] = {}
     for left, right in merges:
         order.setdefault(left + right, len(order))
-    vocabulary = Vocabulary(["<unk>"], [int(TokenType.UNUSED)], [0.0])
+    vocabulary = Vocabulary(scores=[])
     unknown = files.tokenizer["model"].get("unk_token")
     for text, token_id in vocab.items():
         kind = TokenType.BYTE if BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
@@ -194,7 +194,7 @@ def sentencepiece_model(files: TokenizerFiles) -> tuple[Vocabulary, bool]:
             f"{path}: has no byte tokens; llama.cpp crashes at the first character that such a model does not know.",
             "Only SentencePiece models with byte fallback can be written.",
         )
-    vocabulary = Vocabulary(["<unk>"], [int(TokenType.UNUSED)], [0.0])
+    vocabulary = Vocabulary(scores=[])
     for token_id, piece in enumerate(model.pieces):
         kind, text = TokenType(piece.type), piece.piece
         if kind == TokenType.USER_DEFINED and normalizer.add_dummy_prefix and _joins(text, known):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gguf import GGUFValueType, GGUFWriter, Metadata
 from fewbits import arch
 from fewbits.checkpoint import GGUFCheckpoint, SafetensorsCheckpoint
 from fewbits.checkpoint.gguf import SCALARS
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, about
 from fewbits.plan import ModelFacts, SourceTensor, converted_dtype
 from fewbits.tokenizer import gguf_tokenizer
 
@@ -33,6 +33,7 @@ class GGUFSource:
         tensors: name, row-major shape and the type that a plain conversion would give each.
         stored: the names whose stored bytes may be copied as they are, when their type stays.
         read: rows start:stop of a tensor seen as [prod(shape[:-1]), columns], float32.
+        notes: where the engine computes something else than the original model does.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class GGUFSource:
     tensors: list[SourceTensor]
     stored: dict[str, Callable[[int, int], npt.NDArray[np.uint8]]]
     read: dict[str, ReadRows]
+    notes: list[str] = field(default_factory=list)
 
 
 def gguf_source(checkpoint: SafetensorsCheckpoint | GGUFCheckpoint, pre_tokenizer: str | None = None) -> GGUFSource:
@@ -52,9 +54,10 @@ def gguf_source(checkpoint: SafetensorsCheckpoint | GGUFCheckpoint, pre_tokenize
     Raises:
         FewbitsError: unknown architecture or tensor, missing or unknown tokenizer.
     """
-    if isinstance(checkpoint, GGUFCheckpoint):
-        return _from_gguf(checkpoint)
-    return _from_directory(checkpoint, pre_tokenizer)
+    with about(checkpoint.path):
+        if isinstance(checkpoint, GGUFCheckpoint):
+            return _from_gguf(checkpoint)
+        return _from_directory(checkpoint, pre_tokenizer)
 
 
 def _from_directory(checkpoint: SafetensorsCheckpoint, pre_tokenizer: str | None) -> GGUFSource:
@@ -70,7 +73,7 @@ def _from_directory(checkpoint: SafetensorsCheckpoint, pre_tokenizer: str | None
         stored = checkpoint.tensors[view.sources[0]].dtype if view.sources else "F32"
         tensors.append(SourceTensor(view.name, view.shape, converted_dtype(view.name, view.shape, stored, name)))
         read[view.name] = lambda start, stop, view=view: view.read(checkpoint.read, start, stop)
-    return GGUFSource(checkpoint.path, ModelFacts.from_metadata(metadata), metadata, tensors, {}, read)
+    return GGUFSource(checkpoint.path, ModelFacts.from_metadata(metadata), metadata, tensors, {}, read, arch.gguf_notes(config))
 
 
 def _from_gguf(checkpoint: GGUFCheckpoint) -> GGUFSource:
