@@ -2,9 +2,9 @@
 
     python benchmarks/encode.py [--types Q4_K Q2_K] [--model DIR] [--json]
 
-Speed: thread CPU time, ours and `ggml_quantize_chunk` (its best-error setting: importance given) turn about, medians. Error: sum of
-importance x squared error, ours over libggml's (ones: the better of its two paths). Data: normal and heavy-tailed weights,
-and rows of a real model where --model names a directory.
+Speed: thread CPU time, ours and `ggml_quantize_chunk` (importance given: its best error) turn about, medians.
+Error: sum of importance x squared error, ours over libggml's (ones: the better of its two paths). Data: normal and
+heavy-tailed weights, and rows of a real model where --model names a directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import ggml
-
 from fewbits.checkpoint import open_checkpoint
 from fewbits.codecs import CODECS
 

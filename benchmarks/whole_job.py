@@ -2,8 +2,8 @@
 
     python benchmarks/whole_job.py --llama-cpp DIR --bin DIR [--target Q4_K_M] [--layers 16 32]
 
-`--llama-cpp` is a llama.cpp source tree (for convert_hf_to_gguf.py), `--bin` the folder with llama-quantize, built from it. Each size
-is run turn about `--repeats` times; wall seconds are medians, memory is the largest resident set of any process.
+`--llama-cpp` is a llama.cpp source tree (for convert_hf_to_gguf.py), `--bin` the folder with its llama-quantize. Each
+size is run turn about `--repeats` times; wall seconds are medians, memory is the largest resident set of any process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def synthetic(folder: Path, layers: int) -> Path:
 def run(command: list[str], env: dict[str, str] | None = None) -> tuple[float, int]:
     """Wall seconds and largest resident bytes of one command."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **(env or {})}
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
@@ -89,14 +91,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    print("| layers | target | convert s | llama-quantize s | fewbits s | ratio | fewbits memory MB | peers' memory MB |")
+    print("| layers | target | convert s | llama-quantize s | fewbits s | ratio | fewbits MB | peers' MB |")
     print("|---|---|---|---|---|---|---|---|")
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = synthetic(folder / "model", layers)
             # the official converter knows pre-tokenizers by hash only; an unknown one is the demo tokenizer's fate
-            converter = [sys.executable, str(Path(__file__).parent / "convert_any.py"), str(options.llama_cpp), str(model)]
+            script = str(Path(__file__).parent / "convert_any.py")
+            converter = [sys.executable, script, str(options.llama_cpp), str(model)]
             paths = {"PYTHONPATH": str(options.llama_cpp / "gguf-py")}
             figures: list[tuple[float, float, float]] = []
             memory, peers = 0, 0

@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Some verbs are named like the subpackage they live in: the verb keeps the name when the import system binds it."""
+    """Some verbs are named like the subpackage that they live in: the verb keeps the name when that is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _VERBS and isinstance(value, ModuleType)):

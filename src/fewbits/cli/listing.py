@@ -34,9 +34,7 @@ def command(json: o.Json = False) -> None:
     stdout.print("\nMethods", style="bold")
     table(["method", "what it does"], [[m.name, m.summary] for m in found.methods])
     stdout.print("\nArchitectures", style="bold")
-    table(
-        ["family", "in config.json", "in GGUF"], [[a.family, a.architecture, a.gguf] for a in found.architectures]
-    )
+    table(["family", "in config.json", "in GGUF"], [[a.family, a.architecture, a.gguf] for a in found.architectures])
 
 
 def _yes(value: bool) -> str:

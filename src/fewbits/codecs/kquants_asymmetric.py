@@ -6,35 +6,36 @@ block_q5_K of ggml-common.h.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Floats
-from fewbits.codecs.legacy_symmetric import _Symmetric
-from fewbits.kernels.asymmetric import make_super_encoder
-from fewbits.kernels.lanes import EXACT, get_f16, put_f16
+from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.legacy_asymmetric import REFINEMENTS
+from fewbits.codecs.legacy_symmetric import blocks_of
+from fewbits.kernels.asymmetric import encode_super_blocks
+from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
-GRID = (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)
-"""How many codes more than n the range of a block is taken for."""
+GRID = np.array([(r, 0) for r in (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)], np.float32)
 
 
 @njit(**EXACT)
-def _pack_q2_k(
-    codes: U8, lane0: int, scales: Floats, offsets: Floats, d: np.float32, dmin: np.float32, out: U8
-) -> None:
+def _pack_q2_k(codes: U8, integers: U8, steps: Floats, out: U8) -> None:
     """scales[16] (low nibble scale, high nibble offset), qs[64], d, dmin."""
-    for j in range(16):
-        out[j] = np.int32(scales[lane0 + j]) | (np.int32(offsets[lane0 + j]) << 4)
-    for half in range(2):
-        for k in range(32):
-            i, lane = k & 15, lane0 + 8 * half + (k >> 4)
-            out[16 + 32 * half + k] = (
-                codes[i, lane] | (codes[i, lane + 2] << 2) | (codes[i, lane + 4] << 4) | (codes[i, lane + 6] << 6)
-            )
-    put_f16(out, 80, d)
-    put_f16(out, 82, dmin)
+    for block in range(out.shape[0]):
+        row = out[block]
+        for j in range(16):
+            row[j] = integers[block, 0, j] | (integers[block, 1, j] << 4)
+        for half in range(2):
+            for k in range(32):
+                j, i = 8 * half + (k >> 4), k & 15
+                low = codes[block, j, i] | (codes[block, j + 2, i] << 2)
+                row[16 + 32 * half + k] = low | (codes[block, j + 4, i] << 4) | (codes[block, j + 6, i] << 6)
+        put_f16(row, 80, steps[block, 0])
+        put_f16(row, 82, steps[block, 1])
 
 
 @njit(**EXACT)
@@ -50,16 +51,15 @@ def _decode_q2_k(data: U8, out: Floats) -> None:
 
 
 @njit(**EXACT)
-def _pack_scales(lane0: int, scales: Floats, offsets: Floats, d: np.float32, dmin: np.float32, out: U8) -> None:
+def _pack_scales(integers: U8, steps: Floats, row: U8) -> None:
     """d, dmin, scales[12]: six bits each of 8 scales and 8 offsets; the last four of both are split 4 + 2 bits."""
-    put_f16(out, 0, d)
-    put_f16(out, 2, dmin)
+    put_f16(row, 0, steps[0])
+    put_f16(row, 2, steps[1])
     for j in range(4):
-        scale, offset = np.int32(scales[lane0 + j]), np.int32(offsets[lane0 + j])
-        later_scale, later_offset = np.int32(scales[lane0 + j + 4]), np.int32(offsets[lane0 + j + 4])
-        out[4 + j] = scale | ((later_scale >> 4) << 6)
-        out[8 + j] = offset | ((later_offset >> 4) << 6)
-        out[12 + j] = (later_scale & 15) | ((later_offset & 15) << 4)
+        later_scale, later_offset = integers[0, j + 4], integers[1, j + 4]
+        row[4 + j] = integers[0, j] | ((later_scale >> 4) << 6)
+        row[8 + j] = integers[1, j] | ((later_offset >> 4) << 6)
+        row[12 + j] = (later_scale & 15) | ((later_offset & 15) << 4)
 
 
 @njit(**EXACT)
@@ -77,28 +77,28 @@ def _offset(row: U8, j: int) -> np.float32:
 
 
 @njit(**EXACT)
-def _pack_q4_k(
-    codes: U8, lane0: int, scales: Floats, offsets: Floats, d: np.float32, dmin: np.float32, out: U8
-) -> None:
-    _pack_scales(lane0, scales, offsets, d, dmin, out)
-    for j in range(4):
-        for k in range(32):
-            out[16 + 32 * j + k] = codes[k, lane0 + 2 * j] | (codes[k, lane0 + 2 * j + 1] << 4)
+def _pack_q4_k(codes: U8, integers: U8, steps: Floats, out: U8) -> None:
+    """d, dmin, scales[12], qs[128]: nibbles of blocks 2 j (low) and 2 j + 1 (high)."""
+    for block in range(out.shape[0]):
+        _pack_scales(integers[block], steps[block], out[block])
+        for j in range(4):
+            for k in range(32):
+                out[block, 16 + 32 * j + k] = codes[block, 2 * j, k] | (codes[block, 2 * j + 1, k] << 4)
 
 
 @njit(**EXACT)
-def _pack_q5_k(
-    codes: U8, lane0: int, scales: Floats, offsets: Floats, d: np.float32, dmin: np.float32, out: U8
-) -> None:
+def _pack_q5_k(codes: U8, integers: U8, steps: Floats, out: U8) -> None:
     """As Q4_K with qh[32] before qs: bit j of byte k is the fifth bit of element k of block j."""
-    _pack_scales(lane0, scales, offsets, d, dmin, out)
-    for k in range(32):
-        high = np.int32(0)
+    for block in range(out.shape[0]):
+        _pack_scales(integers[block], steps[block], out[block])
+        out[block, 16:48] = 0
         for j in range(8):
-            high |= np.int32(codes[k, lane0 + j] >> 4) << j
-        out[16 + k] = np.uint8(high)
+            for k in range(32):
+                out[block, 16 + k] |= (codes[block, j, k] >> 4) << j
         for j in range(4):
-            out[48 + 32 * j + k] = (codes[k, lane0 + 2 * j] & 15) | ((codes[k, lane0 + 2 * j + 1] & 15) << 4)
+            for k in range(32):
+                high = (codes[block, 2 * j + 1, k] & 15) << 4
+                out[block, 48 + 32 * j + k] = (codes[block, 2 * j, k] & 15) | high
 
 
 @njit(**EXACT)
@@ -126,31 +126,68 @@ def _decode_q5_k(data: U8, out: Floats) -> None:
                 out[block, 32 * j + k] = scale * np.float32(code) - offset
 
 
-class Q2_K(_Symmetric):
+class _SuperBlocks(Codec):
+    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+
+    block = 256
+    weighted = True
+    elements: ClassVar[int]
+    """Weights in a block of the super-block."""
+    levels: ClassVar[int]
+    most: ClassVar[int]
+    """The largest scale and offset."""
+    reach: ClassVar[int] = 1
+    rounds: ClassVar[int] = 2
+    pack: Any
+    decoder: Any
+
+    @classmethod
+    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
+        rows, columns = weights.shape
+        flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
+        count, blocks = flat.size // cls.block, cls.block // cls.elements
+        codes = np.empty((count, blocks, cls.elements), np.uint8)
+        integers, steps = np.empty((count, 2, blocks), np.uint8), np.empty((count, 2), np.float32)
+        weight, n = usable_importance(importance, columns), cls.levels - 1
+        effort = (REFINEMENTS, cls.reach, cls.rounds)
+        encode_super_blocks(flat, weight, n, cls.most, GRID + (n, 0), *effort, codes, integers, steps)
+        out = np.empty((count, cls.block_bytes), np.uint8)
+        cls.pack(codes, integers, steps, out)
+        return out.reshape(rows, -1)
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = blocks_of(cls, data)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.decoder(blocks, out)
+        return out.reshape(data.shape[0], -1)
+
+
+class Q2_K(_SuperBlocks):
     """4 levels, a 4-bit scale and a 4-bit offset for each 16 weights."""
 
     name = "Q2_K"
-    block = 256
     block_bytes = 84
-    encoder = staticmethod(make_super_encoder(16, 3, 15, GRID, 2, 1, _pack_q2_k))
+    elements, levels, most = 16, 4, 15
+    pack = staticmethod(_pack_q2_k)
     decoder = staticmethod(_decode_q2_k)
 
 
-class Q4_K(_Symmetric):
+class Q4_K(_SuperBlocks):
     """16 levels, a 6-bit scale and a 6-bit offset for each 32 weights."""
 
     name = "Q4_K"
-    block = 256
     block_bytes = 144
-    encoder = staticmethod(make_super_encoder(32, 15, 63, GRID, 2, 0, _pack_q4_k))
+    elements, levels, most = 32, 16, 63
+    pack = staticmethod(_pack_q4_k)
     decoder = staticmethod(_decode_q4_k)
 
 
-class Q5_K(_Symmetric):
+class Q5_K(_SuperBlocks):
     """32 levels, a 6-bit scale and a 6-bit offset for each 32 weights."""
 
     name = "Q5_K"
-    block = 256
     block_bytes = 176
-    encoder = staticmethod(make_super_encoder(32, 31, 63, GRID, 2, 0, _pack_q5_k))
+    elements, levels, most = 32, 32, 63
+    pack = staticmethod(_pack_q5_k)
     decoder = staticmethod(_decode_q5_k)

@@ -5,32 +5,35 @@ Layouts: block_q3_K and block_q6_K of ggml-common.h.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Floats
-from fewbits.codecs.legacy_symmetric import _Symmetric
-from fewbits.kernels.lanes import EXACT, get_f16, put_f16
-from fewbits.kernels.symmetric import make_super_encoder
+from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.legacy_symmetric import REFINEMENTS, blocks_of
+from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
+from fewbits.kernels.symmetric import encode_super_blocks, targets
 
 U8 = npt.NDArray[np.uint8]
 
 
 @njit(**EXACT)
-def _pack_q3_k(codes: U8, lane0: int, integers: Floats, step: np.float32, out: U8) -> None:
+def _pack_q3_k(codes: U8, integers: npt.NDArray[np.int8], steps: Floats, out: U8) -> None:
     """hmask[32] (element i: byte i % 32, bit i / 32), qs[64] (two low bits), scales[12] (6 bits each), d."""
-    out[:96] = 0
-    for i in range(256):
-        code = np.int32(codes[i & 15, lane0 + (i >> 4)])
-        out[i & 31] |= (code >> 2) << (i >> 5)
-        out[32 + 32 * (i >> 7) + (i & 31)] |= (code & 3) << (2 * ((i >> 5) & 3))
-    out[96:108] = 0
-    for j in range(16):
-        level = np.int32(integers[j]) + 32
-        out[96 + (j & 7)] |= (level & 15) << (j // 8 * 4)
-        out[104 + (j & 3)] |= (level >> 4) << (2 * (j >> 2))
-    put_f16(out, 108, step)
+    out[:, :108] = 0
+    for block in range(out.shape[0]):
+        row = out[block]
+        for i in range(256):
+            code = codes[block, i >> 4, i & 15]
+            row[i & 31] |= (code >> 2) << (i >> 5)
+            row[32 + 32 * (i >> 7) + (i & 31)] |= (code & 3) << (2 * ((i >> 5) & 3))
+        for j in range(16):
+            level = np.int32(integers[block, j]) + 32
+            row[96 + (j & 7)] |= (level & 15) << (j // 8 * 4)
+            row[104 + (j & 3)] |= (level >> 4) << (2 * (j >> 2))
+        put_f16(row, 108, steps[block])
 
 
 @njit(**EXACT)
@@ -50,19 +53,21 @@ def _decode_q3_k(data: U8, out: Floats) -> None:
 
 
 @njit(**EXACT)
-def _pack_q6_k(codes: U8, lane0: int, integers: Floats, step: np.float32, out: U8) -> None:
+def _pack_q6_k(codes: U8, integers: npt.NDArray[np.int8], steps: Floats, out: U8) -> None:
     """ql[128] (four low bits), qh[64] (two high bits), scales[16] (int8), d."""
-    for half in range(2):
-        for k in range(32):
-            i = 128 * half + k
-            a, b = codes[i & 15, lane0 + (i >> 4)], codes[i & 15, lane0 + (i >> 4) + 2]
-            c, e = codes[i & 15, lane0 + (i >> 4) + 4], codes[i & 15, lane0 + (i >> 4) + 6]
-            out[64 * half + k] = (a & 15) | ((c & 15) << 4)
-            out[64 * half + 32 + k] = (b & 15) | ((e & 15) << 4)
-            out[128 + 32 * half + k] = (a >> 4) | ((b >> 4) << 2) | ((c >> 4) << 4) | ((e >> 4) << 6)
-    for j in range(16):
-        out[192 + j] = np.uint8(np.int32(integers[j]) & 255)
-    put_f16(out, 208, step)
+    for block in range(out.shape[0]):
+        row = out[block]
+        for half in range(2):
+            for k in range(32):
+                j, i = 8 * half + (k >> 4), k & 15
+                a, b = codes[block, j, i], codes[block, j + 2, i]
+                c, d = codes[block, j + 4, i], codes[block, j + 6, i]
+                row[64 * half + k] = (a & 15) | ((c & 15) << 4)
+                row[64 * half + 32 + k] = (b & 15) | ((d & 15) << 4)
+                row[128 + 32 * half + k] = (a >> 4) | ((b >> 4) << 2) | ((c >> 4) << 4) | ((d >> 4) << 6)
+        for j in range(16):
+            row[192 + j] = np.uint8(integers[block, j])
+        put_f16(row, 208, steps[block])
 
 
 @njit(**EXACT)
@@ -80,21 +85,55 @@ def _decode_q6_k(data: U8, out: Floats) -> None:
                 out[block, i] = scale * np.float32((low | (high << 4)) - 32)
 
 
-class Q3_K(_Symmetric):
+class _SuperBlocks(Codec):
+    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+
+    block = 256
+    weighted = True
+    half_levels: ClassVar[int]
+    most: ClassVar[int]
+    """Block scales run from -most to most - 1."""
+    reach: ClassVar[int]
+    rounds: ClassVar[int]
+    pack: Any
+    decoder: Any
+
+    @classmethod
+    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
+        rows, columns = weights.shape
+        flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
+        count, n = flat.size // cls.block, cls.half_levels
+        codes, integers = np.empty((count, 16, 16), np.uint8), np.empty((count, 16), np.int8)
+        steps = np.empty(count, np.float32)
+        weight, effort = usable_importance(importance, columns), (REFINEMENTS, cls.reach, cls.rounds)
+        encode_super_blocks(flat, weight, n, cls.most, targets(n), *effort, codes, integers, steps)
+        out = np.empty((count, cls.block_bytes), np.uint8)
+        cls.pack(codes, integers, steps, out)
+        return out.reshape(rows, -1)
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = blocks_of(cls, data)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.decoder(blocks, out)
+        return out.reshape(data.shape[0], -1)
+
+
+class Q3_K(_SuperBlocks):
     """8 levels, a 6-bit scale for each 16 weights."""
 
     name = "Q3_K"
-    block = 256
     block_bytes = 110
-    encoder = staticmethod(make_super_encoder(4, 32, 2, 2, _pack_q3_k))
+    half_levels, most, reach, rounds = 4, 32, 2, 2
+    pack = staticmethod(_pack_q3_k)
     decoder = staticmethod(_decode_q3_k)
 
 
-class Q6_K(_Symmetric):
+class Q6_K(_SuperBlocks):
     """64 levels, an 8-bit scale for each 16 weights."""
 
     name = "Q6_K"
-    block = 256
     block_bytes = 210
-    encoder = staticmethod(make_super_encoder(32, 128, 1, 1, _pack_q6_k))
+    half_levels, most, reach, rounds = 32, 128, 1, 1
+    pack = staticmethod(_pack_q6_k)
     decoder = staticmethod(_decode_q6_k)

@@ -6,39 +6,43 @@ nibbles (low ones hold elements 0-15, high ones elements 16-31).
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Floats
-from fewbits.codecs.legacy_symmetric import _Symmetric
-from fewbits.kernels.asymmetric import make_encoder
-from fewbits.kernels.lanes import EXACT, get_f16, put_f16
+from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.legacy_symmetric import blocks_of
+from fewbits.kernels.asymmetric import encode_blocks
+from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
-GRID = (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)
-"""How many codes more than n the range of a block is taken for."""
+REFINEMENTS = 2
+GRID = np.array([(r, 0) for r in (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)], np.float32)
 
 
 @njit(**EXACT)
-def _pack_q4_1(codes: U8, lane: int, scale: np.float32, low: np.float32, out: U8) -> None:
-    put_f16(out, 0, scale)
-    put_f16(out, 2, low)
-    for i in range(16):
-        out[4 + i] = codes[i, lane] | (codes[i + 16, lane] << 4)
+def _pack_q4_1(codes: U8, scale: Floats, low: Floats, out: U8) -> None:
+    for block in range(out.shape[0]):
+        put_f16(out[block], 0, scale[block])
+        put_f16(out[block], 2, low[block])
+        for i in range(16):
+            out[block, 4 + i] = codes[block, i] | (codes[block, i + 16] << 4)
 
 
 @njit(**EXACT)
-def _pack_q5_1(codes: U8, lane: int, scale: np.float32, low: np.float32, out: U8) -> None:
-    put_f16(out, 0, scale)
-    put_f16(out, 2, low)
-    for byte in range(4):
-        high = np.int32(0)
-        for bit in range(8):
-            high |= np.int32(codes[8 * byte + bit, lane] >> 4) << bit
-        out[4 + byte] = np.uint8(high)
-    for i in range(16):
-        out[8 + i] = (codes[i, lane] & 15) | ((codes[i + 16, lane] & 15) << 4)
+def _pack_q5_1(codes: U8, scale: Floats, low: Floats, out: U8) -> None:
+    for block in range(out.shape[0]):
+        put_f16(out[block], 0, scale[block])
+        put_f16(out[block], 2, low[block])
+        for byte in range(4):
+            high = np.int32(0)
+            for bit in range(8):
+                high |= np.int32(codes[block, 8 * byte + bit] >> 4) << bit
+            out[block, 4 + byte] = np.uint8(high)
+        for i in range(16):
+            out[block, 8 + i] = (codes[block, i] & 15) | ((codes[block, i + 16] & 15) << 4)
 
 
 @njit(**EXACT)
@@ -63,21 +67,51 @@ def _decode_q5_1(data: U8, out: Floats) -> None:
             out[block, i + 16] = np.float32((byte >> 4) | (second << 4)) * d + m
 
 
-class Q4_1(_Symmetric):
+class _Asymmetric(Codec):
+    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+
+    block = 32
+    weighted = True
+    levels: ClassVar[int]
+    pack: Any
+    decoder: Any
+
+    @classmethod
+    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
+        rows, columns = weights.shape
+        flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
+        count = flat.size // cls.block
+        codes = np.empty((count, cls.block), np.uint8)
+        scale, low = np.empty(count, np.float32), np.empty(count, np.float32)
+        weight = usable_importance(importance, columns)
+        encode_blocks(flat, weight, cls.levels - 1, GRID + (cls.levels - 1, 0), REFINEMENTS, codes, scale, low)
+        out = np.empty((count, cls.block_bytes), np.uint8)
+        cls.pack(codes, scale, low, out)
+        return out.reshape(rows, -1)
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = blocks_of(cls, data)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.decoder(blocks, out)
+        return out.reshape(data.shape[0], -1)
+
+
+class Q4_1(_Asymmetric):
     """16 levels, a scale and an offset for 32 weights."""
 
     name = "Q4_1"
-    block = 32
     block_bytes = 20
-    encoder = staticmethod(make_encoder(32, 15, GRID, 2, _pack_q4_1))
+    levels = 16
+    pack = staticmethod(_pack_q4_1)
     decoder = staticmethod(_decode_q4_1)
 
 
-class Q5_1(_Symmetric):
+class Q5_1(_Asymmetric):
     """32 levels, a scale and an offset for 32 weights."""
 
     name = "Q5_1"
-    block = 32
     block_bytes = 24
-    encoder = staticmethod(make_encoder(32, 31, GRID, 2, _pack_q5_1))
+    levels = 32
+    pack = staticmethod(_pack_q5_1)
     decoder = staticmethod(_decode_q5_1)

@@ -6,7 +6,7 @@ elements 16-31; fifth bits lie in a 32-bit word, element i at bit i.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,28 +14,29 @@ from numba import njit
 
 from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
-from fewbits.kernels.symmetric import make_encoder
+from fewbits.kernels.symmetric import encode_blocks, targets
 
 U8 = npt.NDArray[np.uint8]
+REFINEMENTS = 2
 
 
 @njit(**EXACT)
-def _pack_q4_0(codes: U8, lane: int, scale: np.float32, out: U8) -> None:
-    put_f16(out, 0, scale)
-    for i in range(16):
-        out[2 + i] = codes[i, lane] | (codes[i + 16, lane] << 4)
+def _pack_q4_0(codes: U8, scale: Floats, out: U8) -> None:
+    for block in range(out.shape[0]):
+        put_f16(out[block], 0, scale[block])
+        for i in range(16):
+            out[block, 2 + i] = codes[block, i] | (codes[block, i + 16] << 4)
 
 
 @njit(**EXACT)
-def _pack_q5_0(codes: U8, lane: int, scale: np.float32, out: U8) -> None:
-    put_f16(out, 0, scale)
-    for byte in range(4):
-        high = np.int32(0)
-        for bit in range(8):
-            high |= np.int32(codes[8 * byte + bit, lane] >> 4) << bit
-        out[2 + byte] = np.uint8(high)
-    for i in range(16):
-        out[6 + i] = (codes[i, lane] & 15) | ((codes[i + 16, lane] & 15) << 4)
+def _pack_q5_0(codes: U8, scale: Floats, out: U8) -> None:
+    for block in range(out.shape[0]):
+        put_f16(out[block], 0, scale[block])
+        out[block, 2:6] = 0
+        for i in range(32):
+            out[block, 2 + (i >> 3)] |= (codes[block, i] >> 4) << (i & 7)
+        for i in range(16):
+            out[block, 6 + i] = (codes[block, i] & 15) | ((codes[block, i + 16] & 15) << 4)
 
 
 @njit(**EXACT)
@@ -87,19 +88,25 @@ def blocks_of(codec: type[Codec], data: Bytes) -> Bytes:
     return np.ascontiguousarray(data).reshape(-1, codec.block_bytes)
 
 
-class _Symmetric(Codec):
+class _Blocks(Codec):
     """Encoding by search, decoding by kernel; subclasses name the kernels."""
 
+    block = 32
     weighted = True
-    encoder: Any
+    half_levels: ClassVar[int]
+    pack: Any
     decoder: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
         rows, columns = weights.shape
-        out = np.empty((rows * columns // cls.block, cls.block_bytes), np.uint8)
         flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
-        cls.encoder(flat, usable_importance(importance, columns), out)
+        count = flat.size // cls.block
+        codes, scale = np.empty((count, cls.block), np.uint8), np.empty(count, np.float32)
+        n = cls.half_levels
+        encode_blocks(flat, usable_importance(importance, columns), n, targets(n), REFINEMENTS, codes, scale)
+        out = np.empty((count, cls.block_bytes), np.uint8)
+        cls.pack(codes, scale, out)
         return out.reshape(rows, -1)
 
     @classmethod
@@ -110,23 +117,23 @@ class _Symmetric(Codec):
         return out.reshape(data.shape[0], -1)
 
 
-class Q4_0(_Symmetric):
+class Q4_0(_Blocks):
     """16 levels, one scale for 32 weights."""
 
     name = "Q4_0"
-    block = 32
     block_bytes = 18
-    encoder = staticmethod(make_encoder(32, 8, 2, _pack_q4_0))
+    half_levels = 8
+    pack = staticmethod(_pack_q4_0)
     decoder = staticmethod(_decode_q4_0)
 
 
-class Q5_0(_Symmetric):
+class Q5_0(_Blocks):
     """32 levels, one scale for 32 weights."""
 
     name = "Q5_0"
-    block = 32
     block_bytes = 22
-    encoder = staticmethod(make_encoder(32, 16, 2, _pack_q5_0))
+    half_levels = 16
+    pack = staticmethod(_pack_q5_0)
     decoder = staticmethod(_decode_q5_0)
 
 

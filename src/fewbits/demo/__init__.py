@@ -47,14 +47,15 @@ def demo(folder: Path, say: Callable[[str], None], chunks: int | None = 24) -> D
     Args:
         chunks: windows of the held-out text to measure.
     """
-    rows, ruler = [], ""
+    rows: list[DemoRow] = []
+    ruler = ""
     for level in LEVELS:
         started = time.monotonic()
         say(f"{level}: quantizing and measuring")
         made = quantize(MODEL, level, folder / f"demo-{level}.gguf", overwrite=True)
         report = measure(folder / f"demo-{level}.gguf", TEXT, reference=MODEL, chunks=chunks)
         ruler = report.ruler()
-        assert report.kl is not None and report.reference_perplexity is not None
+        assert report.comparison is not None  # there is a reference
         if not rows:
             weights_bytes = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
             rows.append(
@@ -63,7 +64,7 @@ def demo(folder: Path, say: Callable[[str], None], chunks: int | None = 24) -> D
                     file=MODEL.name,
                     size=weights_bytes,
                     bits_per_weight=16,
-                    perplexity=report.reference_perplexity.value,
+                    perplexity=report.comparison.reference_perplexity.value,
                     kl_divergence=None,
                     seconds=0,
                 )
@@ -75,7 +76,7 @@ def demo(folder: Path, say: Callable[[str], None], chunks: int | None = 24) -> D
                 size=made.size,
                 bits_per_weight=made.bits_per_weight,
                 perplexity=report.perplexity.value,
-                kl_divergence=report.kl.mean.value,
+                kl_divergence=report.comparison.kl.mean.value,
                 seconds=time.monotonic() - started,
             )
         )

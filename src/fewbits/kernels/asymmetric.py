@@ -4,12 +4,12 @@ For a candidate scale and offset the codes are l = round((w - low) / scale) and 
 Five weighted sums over the residuals say everything that is asked here: how large the error is, and how scale and
 offset should move (e ~ a l + b by least squares: scale (1 + a), low + b scale). Residuals are small, so float32 sums
 do not cancel.
+
+Everything is a plain module-level function: Numba cannot reuse compiled closures over other compiled functions in
+the next process.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,299 +20,331 @@ from fewbits.kernels.lanes import F16_MAX, FAST, LANES, TINY, load_tile, round_f
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+INLINE = {**FAST, "inline": "always"}
+"""Inlined, arrays are known not to overlap and loops over lanes become vector code: twice as fast."""
 HUGE = np.float32(1e9)
 """Larger weights are searched as this: no code of these types reaches it, and its square stays in float32."""
+NO_CEILING = np.float32(2e9)
 WORST = np.float32(3e38)
 F16_TINY = np.float32(2.0**-24)
 WL, WLL, WE, WEL, WEE = range(5)
 """Rows of `sums`: of the codes, their squares, the residuals, residuals times codes, squared residuals."""
 
 
-def make_residuals(elements: int, n: int) -> Callable[..., None]:
-    """A kernel that sums, for 128 blocks, what codes leave over.
+@njit(**INLINE)
+def residuals(xt: F32, wt: F32, inverse: F32, shift: F32, top: np.float32, sums: F32) -> None:
+    """Sum what codes leave over, for 128 blocks.
 
-    Returns:
-        residuals(xt, wt, inverse, shift, sums): codes are round(x * inverse + shift) within 0..n; xt, wt
-        [elements, 128], inverse, shift [128] -> sums [5, 128].
+    Codes are round(x * inverse + shift) within 0..top; xt, wt [elements, 128], inverse, shift [128] -> sums [5, 128].
     """
-    top = np.float32(n)
-
-    @njit(**FAST)
-    def residuals(xt: F32, wt: F32, inverse: F32, shift: F32, sums: F32) -> None:
-        for row in range(5):
-            for lane in range(LANES):
-                sums[row, lane] = ZERO
-        for i in range(0, elements, 4):
-            for lane in range(LANES):
-                s, z = inverse[lane], shift[lane]
-                t0, t1, t2, t3 = (
-                    xt[i, lane] * s + z,
-                    xt[i + 1, lane] * s + z,
-                    xt[i + 2, lane] * s + z,
-                    xt[i + 3, lane] * s + z,
-                )
-                l0 = min(max(np.floor(t0 + HALF), ZERO), top)
-                l1 = min(max(np.floor(t1 + HALF), ZERO), top)
-                l2 = min(max(np.floor(t2 + HALF), ZERO), top)
-                l3 = min(max(np.floor(t3 + HALF), ZERO), top)
-                e0, e1, e2, e3 = t0 - l0, t1 - l1, t2 - l2, t3 - l3
-                w0, w1, w2, w3 = wt[i, lane], wt[i + 1, lane], wt[i + 2, lane], wt[i + 3, lane]
-                a0, a1, a2, a3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
-                b0, b1, b2, b3 = w0 * e0, w1 * e1, w2 * e2, w3 * e3
-                sums[WL, lane] += a0 + a1 + a2 + a3
-                sums[WLL, lane] += a0 * l0 + a1 * l1 + a2 * l2 + a3 * l3
-                sums[WE, lane] += b0 + b1 + b2 + b3
-                sums[WEL, lane] += b0 * l0 + b1 * l1 + b2 * l2 + b3 * l3
-                sums[WEE, lane] += b0 * e0 + b1 * e1 + b2 * e2 + b3 * e3
-
-    return residuals
+    for row in range(5):
+        for lane in range(LANES):
+            sums[row, lane] = ZERO
+    for i in range(0, xt.shape[0], 4):
+        for lane in range(LANES):
+            s, z = inverse[lane], shift[lane]
+            t0, t1 = xt[i, lane] * s + z, xt[i + 1, lane] * s + z
+            t2, t3 = xt[i + 2, lane] * s + z, xt[i + 3, lane] * s + z
+            l0 = min(max(np.floor(t0 + HALF), ZERO), top)
+            l1 = min(max(np.floor(t1 + HALF), ZERO), top)
+            l2 = min(max(np.floor(t2 + HALF), ZERO), top)
+            l3 = min(max(np.floor(t3 + HALF), ZERO), top)
+            e0, e1, e2, e3 = t0 - l0, t1 - l1, t2 - l2, t3 - l3
+            w0, w1, w2, w3 = wt[i, lane], wt[i + 1, lane], wt[i + 2, lane], wt[i + 3, lane]
+            a0, a1, a2, a3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
+            b0, b1, b2, b3 = w0 * e0, w1 * e1, w2 * e2, w3 * e3
+            sums[WL, lane] += a0 + a1 + a2 + a3
+            sums[WLL, lane] += a0 * l0 + a1 * l1 + a2 * l2 + a3 * l3
+            sums[WE, lane] += b0 + b1 + b2 + b3
+            sums[WEL, lane] += b0 * l0 + b1 * l1 + b2 * l2 + b3 * l3
+            sums[WEE, lane] += b0 * e0 + b1 * e1 + b2 * e2 + b3 * e3
 
 
-def make_search(elements: int, n: int, grid: tuple[float, ...], refinements: int, signed: bool) -> Callable[..., None]:
-    """A kernel that finds the best scale and offset of each of 128 blocks.
+@njit(**INLINE)
+def search(
+    xt: F32,
+    wt: F32,
+    top: np.float32,
+    grid: F32,
+    refinements: int,
+    ceiling: np.float32,
+    total: F32,
+    scale: F32,
+    low: F32,
+    work: F32,
+) -> None:
+    """Find the best scale and offset of each of 128 blocks.
 
     Args:
-        elements: weights in a block, a multiple of 4.
-        n: codes run from 0 to n; the range of a block is tried as n + g codes for each g of the grid.
+        xt, wt: [elements, 128], elements a multiple of 4; xt is clipped to what float32 can square.
+        top: the largest code.
+        grid: [candidates, 2]: the range of a block is tried as so many codes, its lowest weight at such a code.
         refinements: further rounds in which the best scale and offset so far are the candidate.
-        signed: whether offsets may be positive.
-
-    Returns:
-        search(xt, wt, total, scale, low, error, work): xt, wt [elements, 128] -> total (sum of weights), scale, low,
-        error [128]; work [9, 128]. Clips xt to what float32 can square.
+        ceiling: no offset is above this; zero, or anything beyond HUGE for no limit.
+        total, scale, low: out, [128]; total is the sum of weights.
+        work: [10, 128].
     """
-    residuals = make_residuals(elements, n)
-    reaches = np.array(grid, np.float32) + np.float32(n)
-    rounds = len(grid)
-
-    @njit(**FAST)
-    def search(xt: F32, wt: F32, total: F32, scale: F32, low: F32, error: F32, work: F32) -> None:
-        inverse, shift, bottom, extent, sums = work[0], work[1], work[2], work[3], work[4:9]
+    inverse, shift, bottom, extent, error, sums = work[0], work[1], work[2], work[3], work[4], work[5:10]
+    for lane in range(LANES):
+        bottom[lane] = ceiling
+        extent[lane] = -HUGE
+        total[lane] = ZERO
+        scale[lane] = ZERO
+        error[lane] = WORST
+    for i in range(xt.shape[0]):
         for lane in range(LANES):
-            bottom[lane] = HUGE if signed else ZERO
-            extent[lane] = -HUGE
-            total[lane] = ZERO
-            scale[lane] = ZERO
-            error[lane] = WORST
-        for i in range(elements):
+            x = min(max(xt[i, lane], -HUGE), HUGE)
+            xt[i, lane] = x
+            bottom[lane] = min(bottom[lane], x)
+            extent[lane] = max(extent[lane], x)
+            total[lane] += wt[i, lane]
+    for lane in range(LANES):
+        extent[lane] = extent[lane] - bottom[lane]
+        low[lane] = bottom[lane]
+    for k in range(grid.shape[0] + refinements):
+        if k < grid.shape[0]:
+            reach, start = grid[k, 0], grid[k, 1]
             for lane in range(LANES):
-                x = min(max(xt[i, lane], -HUGE), HUGE)
-                xt[i, lane] = x
-                bottom[lane] = min(bottom[lane], x)
-                extent[lane] = max(extent[lane], x)
-                total[lane] += wt[i, lane]
+                s = reach / extent[lane] if extent[lane] > TINY else ZERO
+                inverse[lane] = s
+                shift[lane] = start - bottom[lane] * s
+        else:
+            for lane in range(LANES):
+                s = ONE / scale[lane] if scale[lane] > ZERO else ZERO
+                inverse[lane] = s
+                shift[lane] = -low[lane] * s
+        residuals(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
-            extent[lane] = extent[lane] - bottom[lane]
-            low[lane] = bottom[lane]
-        for k in range(rounds + refinements):
-            for lane in range(LANES):
-                if k < rounds:
-                    s = reaches[k] / extent[lane] if extent[lane] > TINY else ZERO
-                    inverse[lane] = s
-                    shift[lane] = -bottom[lane] * s
-                else:
-                    s = ONE / scale[lane] if scale[lane] > ZERO else ZERO
-                    inverse[lane] = s
-                    shift[lane] = -low[lane] * s
-            residuals(xt, wt, inverse, shift, sums)
-            for lane in range(LANES):
-                w, wl, wll, we, wel = total[lane], sums[WL, lane], sums[WLL, lane], sums[WE, lane], sums[WEL, lane]
-                usable = inverse[lane] > ZERO and wll > ZERO
-                s = ONE / inverse[lane] if usable else ZERO
-                determinant = w * wll - wl * wl
-                solvable = usable and determinant > np.float32(1e-5) * w * wll
-                b = (wll * we - wl * wel) / determinant if solvable else ZERO
-                base = -shift[lane] * s
-                if not signed:
-                    b = b if base + b * s < ZERO else shift[lane]
-                a = (wel - b * wl) / wll if usable else ZERO
-                left = sums[WEE, lane] - TWO * (a * wel + b * we - a * b * wl) + a * a * wll + b * b * w
-                left = left * s * s
-                better = usable and left < error[lane] and a > -HALF
-                error[lane] = left if better else error[lane]
-                scale[lane] = s * (ONE + a) if better else scale[lane]
-                low[lane] = base + b * s if better else low[lane]
-
-    return search
+            w, wl, wll, we, wel = total[lane], sums[WL, lane], sums[WLL, lane], sums[WE, lane], sums[WEL, lane]
+            usable = inverse[lane] > ZERO and wll > ZERO
+            s = ONE / inverse[lane] if usable else ZERO
+            determinant = w * wll - wl * wl
+            solvable = usable and determinant > np.float32(1e-5) * w * wll
+            b = (wll * we - wl * wel) / determinant if solvable else ZERO
+            base = -shift[lane] * s
+            b = shift[lane] if base + b * s > ceiling else b
+            a = (wel - b * wl) / wll if usable else ZERO
+            left = sums[WEE, lane] - TWO * (a * wel + b * we - a * b * wl) + a * a * wll + b * b * w
+            left = left * s * s
+            better = usable and left < error[lane] and a > -HALF
+            error[lane] = left if better else error[lane]
+            scale[lane] = s * (ONE + a) if better else scale[lane]
+            low[lane] = base + b * s if better else low[lane]
 
 
-def make_rounding(elements: int, n: int) -> Callable[..., None]:
-    """A kernel that gives the codes for scales and offsets that are settled: codes [elements, 128] uint8."""
+@njit(**INLINE)
+def round_codes(xt: F32, scale: F32, low: F32, top: np.float32, work: F32, codes: U8) -> None:
+    """The codes for scales and offsets that are settled: codes [elements, 128]."""
+    inverse = work[0]
+    for lane in range(LANES):
+        inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+    for i in range(xt.shape[0]):
+        for lane in range(LANES):
+            t = (xt[i, lane] - low[lane]) * inverse[lane]
+            codes[i, lane] = np.uint8(np.int32(min(max(t + HALF, ZERO), top)))
+
+
+@njit(**FAST)
+def encode_blocks(
+    x: F32, importance: F32, n: int, grid: F32, refinements: int, codes: U8, scale: F32, low: F32
+) -> None:
+    """Blocks with one half-precision scale and one half-precision offset each.
+
+    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        n: codes run from 0 to n.
+        grid, refinements: see `search`.
+        codes: out, [blocks, elements].
+        scale, low: out, [blocks], representable in half precision.
+    """
+    count, elements = codes.shape
     top = np.float32(n)
-
-    @njit(**FAST)
-    def rounding(xt: F32, scale: F32, low: F32, work: F32, codes: U8) -> None:
-        inverse = work[0]
+    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    tile = np.empty((elements, LANES), np.uint8)
+    work, lanes = np.empty((10, LANES), np.float32), np.empty((3, LANES), np.float32)
+    total, scales, lows = lanes[0], lanes[1], lanes[2]
+    for first in range(0, count, LANES):
+        load_tile(x, importance, first, count, xt, wt)
+        search(xt, wt, top, grid, refinements, NO_CEILING, total, scales, lows, work)
         for lane in range(LANES):
-            inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
-        for i in range(elements):
-            for lane in range(LANES):
-                t = (xt[i, lane] - low[lane]) * inverse[lane]
-                codes[i, lane] = np.uint8(np.int32(min(max(t + HALF, ZERO), top)))
+            scales[lane] = round_f16(scales[lane])
+            lows[lane] = round_f16(lows[lane])
+        round_codes(xt, scales, lows, top, work, tile)
+        for lane in range(min(LANES, count - first)):
+            scale[first + lane] = scales[lane]
+            low[first + lane] = lows[lane]
+            for i in range(elements):
+                codes[first + lane, i] = tile[i, lane]
 
-    return rounding
+
+@njit(**INLINE)
+def half_step(largest: np.float32, most: np.float32) -> np.float32:
+    """The half-precision step with which integers up to `most` reach the largest; zero only for zero."""
+    return max(round_f16(min(largest / most, F16_MAX)), F16_TINY) if largest > ZERO else ZERO
 
 
-def make_encoder(elements: int, n: int, grid: tuple[float, ...], refinements: int, pack: Any) -> Callable[..., None]:
-    """An encoder for types with one half-precision scale and one half-precision offset per block.
+@njit(**INLINE)
+def choose_integers(
+    xt: F32,
+    wt: F32,
+    total: F32,
+    scale: F32,
+    low: F32,
+    top: np.float32,
+    most: np.float32,
+    reach: int,
+    steps: F32,
+    pair: F32,
+    work: F32,
+) -> None:
+    """For each lane the pair of integers (scale, offset) near its ideal scale and offset with the least error."""
+    inverse, shift, whole, error, sums = work[0], work[1], work[2], work[4], work[5:10]
+    for k in range(-reach, reach + 1):
+        for lane in range(LANES):
+            d = steps[0, lane]
+            nearest = np.floor(scale[lane] / d + HALF) if d > ZERO else ONE
+            whole[lane] = min(max(nearest + np.float32(k), ONE), most)
+            inverse[lane] = ONE / (d * whole[lane]) if d > ZERO else ZERO
+            shift[lane] = -low[lane] * inverse[lane]
+        residuals(xt, wt, inverse, shift, top, sums)
+        for lane in range(LANES):
+            s, m = steps[0, lane] * whole[lane], steps[1, lane]
+            offset = low[lane] + s * sums[WE, lane] / total[lane]
+            integer = min(max(np.floor(HALF - offset / m), ZERO), most) if m > ZERO else ZERO
+            b = (-integer * m - low[lane]) * inverse[lane]
+            left = (sums[WEE, lane] - TWO * b * sums[WE, lane] + b * b * total[lane]) * s * s
+            better = k == -reach or left < error[lane]
+            error[lane] = left if better else error[lane]
+            pair[0, lane] = whole[lane] if better else pair[0, lane]
+            pair[1, lane] = integer if better else pair[1, lane]
+
+
+@njit(**INLINE)
+def measure(xt: F32, wt: F32, top: np.float32, steps: F32, pair: F32, error: F32, work: F32) -> None:
+    """Errors of the lanes with codes rounded for these steps and integers; work[5:10] keeps the sums."""
+    inverse, shift = work[0], work[1]
+    for lane in range(LANES):
+        s = steps[0, lane] * pair[0, lane]
+        inverse[lane] = ONE / s if s > ZERO else ZERO
+        shift[lane] = steps[1, lane] * pair[1, lane] * inverse[lane]
+    residuals(xt, wt, inverse, shift, top, work[5:10])
+    for lane in range(LANES):
+        s = steps[0, lane] * pair[0, lane]
+        error[lane] = work[5 + WEE, lane] * s * s
+
+
+@njit(**INLINE)
+def refit_steps(total: F32, blocks: int, steps: F32, pair: F32, work: F32, other: F32) -> None:
+    """The two steps of each super-block with the least error for the codes that `measure` saw."""
+    sums = work[5:10]
+    for lane0 in range(0, LANES, blocks):
+        aa, ab, bb, ra, rb = ZERO, ZERO, ZERO, ZERO, ZERO
+        d, m = steps[0, lane0], steps[1, lane0]
+        for lane in range(lane0, lane0 + blocks):
+            p, q = pair[0, lane], -pair[1, lane]
+            s = d * p
+            aa += p * p * sums[WLL, lane]
+            ab += p * q * sums[WL, lane]
+            bb += q * q * total[lane]
+            ra += p * s * sums[WEL, lane]
+            rb += q * s * sums[WE, lane]
+        determinant = aa * bb - ab * ab
+        if determinant > np.float32(1e-4) * aa * bb:
+            d += (bb * ra - ab * rb) / determinant
+            m += (aa * rb - ab * ra) / determinant
+        elif aa > ZERO:
+            d += ra / aa
+        d = max(round_f16(min(max(d, ZERO), F16_MAX)), F16_TINY)
+        m = round_f16(min(max(m, ZERO), F16_MAX))
+        for lane in range(lane0, lane0 + blocks):
+            other[0, lane] = d
+            other[1, lane] = m
+
+
+@njit(**FAST)
+def encode_super_blocks(
+    x: F32,
+    importance: F32,
+    n: int,
+    most: int,
+    grid: F32,
+    refinements: int,
+    reach: int,
+    rounds: int,
+    codes: U8,
+    integers: U8,
+    steps: F32,
+) -> None:
+    """Super-blocks whose blocks have an integer scale and an integer offset.
+
+    The value of a code is step 0 * integer 0 * code - step 1 * integer 1.
 
     Args:
-        pack: pack(codes, lane, scale, low, out) writes one block's bytes.
-
-    Returns:
-        encode(x, importance, out): flat float32, importance of a row, uint8 [blocks, block bytes].
-    """
-    search = make_search(elements, n, grid, refinements, True)
-    rounding = make_rounding(elements, n)
-
-    @njit(**FAST)
-    def encode(x: F32, importance: F32, out: U8) -> None:
-        xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
-        codes = np.empty((elements, LANES), np.uint8)
-        work, lanes = np.empty((9, LANES), np.float32), np.empty((4, LANES), np.float32)
-        total, scale, low, error = lanes[0], lanes[1], lanes[2], lanes[3]
-        count = out.shape[0]
-        for first in range(0, count, LANES):
-            load_tile(x, importance, first, count, xt, wt)
-            search(xt, wt, total, scale, low, error, work)
-            for lane in range(LANES):
-                scale[lane] = round_f16(scale[lane])
-                low[lane] = round_f16(low[lane])
-            rounding(xt, scale, low, work, codes)
-            for lane in range(min(LANES, count - first)):
-                pack(codes, lane, scale[lane], low[lane], out[first + lane])
-
-    return encode
-
-
-def make_super_encoder(
-    elements: int, n: int, steps: int, grid: tuple[float, ...], refinements: int, reach: int, pack: Any
-) -> Callable[..., None]:
-    """An encoder for 256 weights in blocks whose scales and offsets are integers times two half-precision steps.
-
-    The value of a code is step * integer * code - lowstep * lowinteger, integers from 0 to steps.
-
-    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        n: codes run from 0 to n.
+        most: integers run from 0 to this.
+        grid, refinements: see `search`.
         reach: how far from the nearest integer other block scales are tried.
-        pack: pack(codes, first lane, integers, lowintegers, step, lowstep, out) writes one super-block's bytes.
-
-    Returns:
-        encode(x, importance, out): flat float32, importance of a row, uint8 [super-blocks, block bytes].
+        rounds: how often the steps are fitted to the codes and the integers chosen anew.
+        codes: out, [super-blocks, blocks, elements].
+        integers: out, [super-blocks, 2, blocks].
+        steps: out, [super-blocks, 2], representable in half precision.
     """
-    blocks = 256 // elements
+    count, blocks, elements = codes.shape
     per_tile = LANES // blocks
-    search = make_search(elements, n, grid, refinements, False)
-    residuals = make_residuals(elements, n)
-    rounding = make_rounding(elements, n)
-    most = np.float32(steps)
-
-    @njit(**FAST)
-    def half_step(largest: np.float32) -> np.float32:
-        """The step with which integers up to `steps` reach the largest; zero only for zero."""
-        return max(round_f16(min(largest / most, F16_MAX)), F16_TINY) if largest > ZERO else ZERO
-
-    @njit(**FAST)
-    def choose(xt: F32, wt: F32, total: F32, scale: F32, low: F32, steps2: F32, pair: F32, error: F32, work: F32) -> None:
-        """For each lane the pair of integers near its ideal scale and offset with the least error."""
-        inverse, shift, whole, sums = work[0], work[1], work[2], work[4:9]
-        for k in range(-reach, reach + 1):
-            for lane in range(LANES):
-                d = steps2[0, lane]
-                nearest = np.floor(scale[lane] / d + HALF) if d > ZERO else ONE
-                whole[lane] = min(max(nearest + np.float32(k), ONE), most)
-                inverse[lane] = ONE / (d * whole[lane]) if d > ZERO else ZERO
-                shift[lane] = -low[lane] * inverse[lane]
-            residuals(xt, wt, inverse, shift, sums)
-            for lane in range(LANES):
-                s, m = steps2[0, lane] * whole[lane], steps2[1, lane]
-                offset = low[lane] + s * sums[WE, lane] / total[lane]
-                integer = min(max(np.floor(HALF - offset / m), ZERO), most) if m > ZERO else ZERO
-                b = (-integer * m - low[lane]) * inverse[lane]
-                left = (sums[WEE, lane] - TWO * b * sums[WE, lane] + b * b * total[lane]) * s * s
-                better = k == -reach or left < error[lane]
-                error[lane] = left if better else error[lane]
-                pair[0, lane] = whole[lane] if better else pair[0, lane]
-                pair[1, lane] = integer if better else pair[1, lane]
-
-    @njit(**FAST)
-    def measure(xt: F32, wt: F32, steps2: F32, pair: F32, error: F32, work: F32) -> None:
-        """Errors of the lanes with codes rounded for these steps and integers; work[4:9] keeps the sums."""
-        inverse, shift = work[0], work[1]
-        for lane in range(LANES):
-            s = steps2[0, lane] * pair[0, lane]
-            inverse[lane] = ONE / s if s > ZERO else ZERO
-            shift[lane] = steps2[1, lane] * pair[1, lane] * inverse[lane]
-        residuals(xt, wt, inverse, shift, work[4:9])
-        for lane in range(LANES):
-            s = steps2[0, lane] * pair[0, lane]
-            error[lane] = work[4 + WEE, lane] * s * s
-
-    @njit(**FAST)
-    def refit(total: F32, steps2: F32, pair: F32, work: F32, other: F32) -> None:
-        """The two steps of each super-block with the least error for the codes that `measure` saw."""
-        sums = work[4:9]
+    top, last = np.float32(n), np.float32(most)
+    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    tile = np.empty((elements, LANES), np.uint8)
+    work, lanes = np.empty((10, LANES), np.float32), np.empty((5, LANES), np.float32)
+    total, scale, low, error, other_error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    best, pair = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    other, other_pair = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    for first in range(0, count, per_tile):
+        load_tile(x, importance, first * blocks, count * blocks, xt, wt)
+        search(xt, wt, top, grid, refinements, ZERO, total, scale, low, work)
         for lane0 in range(0, LANES, blocks):
-            aa, ab, bb, ra, rb = ZERO, ZERO, ZERO, ZERO, ZERO
-            d, m = steps2[0, lane0], steps2[1, lane0]
+            largest, deepest = ZERO, ZERO
             for lane in range(lane0, lane0 + blocks):
-                p, q = pair[0, lane], -pair[1, lane]
-                s = d * p
-                aa += p * p * sums[WLL, lane]
-                ab += p * q * sums[WL, lane]
-                bb += q * q * total[lane]
-                ra += p * s * sums[WEL, lane]
-                rb += q * s * sums[WE, lane]
-            determinant = aa * bb - ab * ab
-            if determinant > np.float32(1e-4) * aa * bb:
-                d += (bb * ra - ab * rb) / determinant
-                m += (aa * rb - ab * ra) / determinant
-            elif aa > ZERO:
-                d += ra / aa
-            d = round_f16(min(max(d, ZERO), F16_MAX))
-            m = round_f16(min(max(m, ZERO), F16_MAX))
+                largest = max(largest, scale[lane])
+                deepest = max(deepest, -low[lane])
+            d, m = half_step(largest, last), half_step(deepest, last)
             for lane in range(lane0, lane0 + blocks):
-                other[0, lane] = d
-                other[1, lane] = m
-
-    @njit(**FAST)
-    def encode(x: F32, importance: F32, out: U8) -> None:
-        xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
-        codes = np.empty((elements, LANES), np.uint8)
-        work, lanes = np.empty((9, LANES), np.float32), np.empty((5, LANES), np.float32)
-        total, scale, low, error, other_error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
-        steps2, pair = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
-        other = np.empty((2, LANES), np.float32)
-        count = out.shape[0]
-        for first in range(0, count, per_tile):
-            load_tile(x, importance, first * blocks, count * blocks, xt, wt)
-            search(xt, wt, total, scale, low, error, work)
-            for lane0 in range(0, LANES, blocks):
-                largest, deepest = ZERO, ZERO
-                for lane in range(lane0, lane0 + blocks):
-                    largest = max(largest, scale[lane])
-                    deepest = max(deepest, -low[lane])
-                d, m = half_step(largest), half_step(deepest)
-                for lane in range(lane0, lane0 + blocks):
-                    steps2[0, lane] = d
-                    steps2[1, lane] = m
-            choose(xt, wt, total, scale, low, steps2, pair, error, work)
-            measure(xt, wt, steps2, pair, error, work)
-            refit(total, steps2, pair, work, other)
-            measure(xt, wt, other, pair, other_error, work)
+                best[0, lane] = d
+                best[1, lane] = m
+        choose_integers(xt, wt, total, scale, low, top, last, reach, best, pair, work)
+        measure(xt, wt, top, best, pair, error, work)
+        for k in range(rounds):
+            refit_steps(total, blocks, best, pair, work, other)
+            if k < rounds - 1:
+                choose_integers(xt, wt, total, scale, low, top, last, reach, other, other_pair, work)
+            else:
+                for lane in range(LANES):
+                    other_pair[0, lane] = pair[0, lane]
+                    other_pair[1, lane] = pair[1, lane]
+            measure(xt, wt, top, other, other_pair, other_error, work)
             for lane0 in range(0, LANES, blocks):
                 gain = ZERO
                 for lane in range(lane0, lane0 + blocks):
                     gain += error[lane] - other_error[lane]
-                if gain > ZERO and other[0, lane0] > ZERO:
+                if gain > ZERO and best[0, lane0] > ZERO:
                     for lane in range(lane0, lane0 + blocks):
-                        steps2[0, lane] = other[0, lane]
-                        steps2[1, lane] = other[1, lane]
-            for lane in range(LANES):
-                scale[lane] = steps2[0, lane] * pair[0, lane]
-                low[lane] = -steps2[1, lane] * pair[1, lane]
-            rounding(xt, scale, low, work, codes)
-            for s in range(min(per_tile, count - first)):
-                lane0 = s * blocks
-                pack(codes, lane0, pair[0], pair[1], steps2[0, lane0], steps2[1, lane0], out[first + s])
-
-    return encode
+                        error[lane] = other_error[lane]
+                        for row in range(2):
+                            best[row, lane] = other[row, lane]
+                            pair[row, lane] = other_pair[row, lane]
+            if k < rounds - 1:
+                measure(xt, wt, top, best, pair, error, work)
+        for lane in range(LANES):
+            scale[lane] = best[0, lane] * pair[0, lane]
+            low[lane] = -best[1, lane] * pair[1, lane]
+        round_codes(xt, scale, low, top, work, tile)
+        for s in range(min(per_tile, count - first)):
+            for row in range(2):
+                steps[first + s, row] = best[row, s * blocks]
+                for j in range(blocks):
+                    integers[first + s, row, j] = np.uint8(pair[row, s * blocks + j])
+            for j in range(blocks):
+                for i in range(elements):
+                    codes[first + s, j, i] = tile[i, s * blocks + j]

@@ -1,8 +1,8 @@
 """What all block searches share: tiles of blocks side by side, half precision, importances that cannot divide by zero.
 
 A tile holds 128 blocks as [elements of a block, 128 lanes]. Every accumulator is an array of 128 lanes and the
-innermost loop runs over lanes without branches, so that it becomes vector code. A tile is always full (lanes beyond the last
-block repeat it), so a block's bytes never depend on its neighbours.
+innermost loop runs over lanes without branches, so that it becomes vector code. A tile is always full (lanes
+beyond the last block repeat it), so a block's bytes never depend on its neighbours.
 """
 
 from __future__ import annotations

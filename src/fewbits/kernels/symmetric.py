@@ -1,14 +1,13 @@
-"""Search for the scales of block types without offset: w = scale * code, codes from -n to n - 1.
+"""Search for the scale of block types without offset: w = scale * code, codes from -n to n - 1.
 
 For a candidate inverse scale the codes are l = round(w / s) and the residuals e = w / s - l. Fitting the residuals,
 e ~ a l, by weighted least squares moves the scale to s (1 + a) and leaves the error s^2 (sum w e^2 - a sum w e l):
 residuals are small, so float32 sums do not cancel.
+
+Everything is a plain module-level function: Numba cannot reuse compiled closures in the next process.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,222 +16,234 @@ from numba import njit
 from fewbits.kernels.lanes import F16_MAX, FAST, LANES, TINY, load_tile, round_f16
 
 F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-
-
+SLL, SEL, SEE = range(3)
+"""Rows of `sums`: of squared codes, residuals times codes, squared residuals."""
 NEGATIVE = (-0.9, -0.7, -0.5, -0.35, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 POSITIVE = (-0.6, -0.3, 0.0, 0.3)
 """How far beyond the last code on either side the largest magnitude is tried, in codes."""
 
 
-def make_search(elements: int, n: int, refinements: int) -> Callable[..., None]:
-    """A kernel that finds the best signed scale of each of 128 blocks.
+def targets(n: int) -> F32:
+    """The codes, whole or not, at which the largest magnitude of a block is tried: a candidate each."""
+    return np.array([-(n + g) for g in NEGATIVE] + [n - 1 + g for g in POSITIVE], np.float32)
 
-    Args:
-        elements: weights in a block, a multiple of 4.
-        n: codes run from -n to n - 1; the largest magnitude is tried around both ends.
-        refinements: further rounds in which the best scale so far is the candidate.
 
-    Returns:
-        search(xt, wt, scale, error, scratch): xt, wt [elements, 128] -> scale, error [128]; scratch [8, 128].
+@njit(**FAST)
+def residuals(xt: F32, wt: F32, inverse: F32, n: np.float32, sums: F32) -> None:
+    """Sum what codes round(x * inverse) leave over, for 128 blocks.
+
+    xt, wt [elements, 128], inverse [128] -> sums [3, 128].
     """
-    targets = np.array([-(n + g) for g in NEGATIVE] + [n - 1 + g for g in POSITIVE], np.float32)
-    candidates = len(targets)
-    low, high = np.float32(-n), np.float32(n - 1)
-
-    @njit(**FAST)
-    def search(xt: F32, wt: F32, scale: F32, error: F32, scratch: F32) -> None:
-        top, inverse, sll, sel, see = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
+    low, high = -n, n - ONE
+    for row in range(3):
         for lane in range(LANES):
-            top[lane] = ZERO
-            scale[lane] = ZERO
-            error[lane] = ZERO
-        for i in range(elements):
-            for lane in range(LANES):
-                x = xt[i, lane]
-                top[lane] = x if abs(x) > abs(top[lane]) else top[lane]
-                error[lane] += wt[i, lane] * x * x
-        for k in range(candidates + refinements):
-            for lane in range(LANES):
-                alive = abs(top[lane]) > TINY
-                if k < candidates:
-                    inverse[lane] = targets[k] / top[lane] if alive else ZERO
-                else:
-                    inverse[lane] = ONE / scale[lane] if alive and scale[lane] != ZERO else ZERO
-                sll[lane] = ZERO
-                sel[lane] = ZERO
-                see[lane] = ZERO
-            for i in range(0, elements, 4):
-                for lane in range(LANES):
-                    s = inverse[lane]
-                    t0, t1, t2, t3 = xt[i, lane] * s, xt[i + 1, lane] * s, xt[i + 2, lane] * s, xt[i + 3, lane] * s
-                    l0 = min(max(np.floor(t0 + HALF), low), high)
-                    l1 = min(max(np.floor(t1 + HALF), low), high)
-                    l2 = min(max(np.floor(t2 + HALF), low), high)
-                    l3 = min(max(np.floor(t3 + HALF), low), high)
-                    e0, e1, e2, e3 = t0 - l0, t1 - l1, t2 - l2, t3 - l3
-                    w0, w1, w2, w3 = wt[i, lane], wt[i + 1, lane], wt[i + 2, lane], wt[i + 3, lane]
-                    a0, a1, a2, a3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
-                    sll[lane] += a0 * l0 + a1 * l1 + a2 * l2 + a3 * l3
-                    sel[lane] += a0 * e0 + a1 * e1 + a2 * e2 + a3 * e3
-                    see[lane] += w0 * e0 * e0 + w1 * e1 * e1 + w2 * e2 * e2 + w3 * e3 * e3
-            for lane in range(LANES):
-                usable = sll[lane] > ZERO
-                a = sel[lane] / sll[lane] if usable else ZERO
-                s = ONE / inverse[lane] if usable else ZERO
-                left = (see[lane] - a * sel[lane]) * s * s
-                better = usable and left < error[lane]
-                error[lane] = left if better else error[lane]
-                scale[lane] = s * (ONE + a) if better else scale[lane]
-
-    return search
+            sums[row, lane] = ZERO
+    for i in range(0, xt.shape[0], 4):
+        for lane in range(LANES):
+            s = inverse[lane]
+            t0, t1, t2, t3 = xt[i, lane] * s, xt[i + 1, lane] * s, xt[i + 2, lane] * s, xt[i + 3, lane] * s
+            l0 = min(max(np.floor(t0 + HALF), low), high)
+            l1 = min(max(np.floor(t1 + HALF), low), high)
+            l2 = min(max(np.floor(t2 + HALF), low), high)
+            l3 = min(max(np.floor(t3 + HALF), low), high)
+            e0, e1, e2, e3 = t0 - l0, t1 - l1, t2 - l2, t3 - l3
+            w0, w1, w2, w3 = wt[i, lane], wt[i + 1, lane], wt[i + 2, lane], wt[i + 3, lane]
+            a0, a1, a2, a3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
+            sums[SLL, lane] += a0 * l0 + a1 * l1 + a2 * l2 + a3 * l3
+            sums[SEL, lane] += a0 * e0 + a1 * e1 + a2 * e2 + a3 * e3
+            sums[SEE, lane] += w0 * e0 * e0 + w1 * e1 * e1 + w2 * e2 * e2 + w3 * e3 * e3
 
 
-def make_rounding(elements: int, n: int) -> Callable[..., None]:
-    """A kernel that gives the codes, plus n, for scales that are settled: codes [elements, 128] uint8."""
-    low, high = np.float32(-n), np.float32(n - 1)
-
-    @njit(**FAST)
-    def rounding(xt: F32, scale: F32, codes: npt.NDArray[np.uint8]) -> None:
-        for i in range(elements):
-            for lane in range(LANES):
-                s = scale[lane]
-                t = xt[i, lane] / s if s != ZERO else ZERO
-                codes[i, lane] = np.uint8(min(max(np.floor(t + HALF), low), high) - low)
-
-    return rounding
-
-
-def make_encoder(elements: int, n: int, refinements: int, pack: Any) -> Callable[..., None]:
-    """An encoder for types with one half-precision scale per block.
+@njit(**FAST)
+def search(xt: F32, wt: F32, n: np.float32, candidates: F32, refinements: int, scale: F32, work: F32) -> None:
+    """Find the best signed scale of each of 128 blocks.
 
     Args:
-        pack: pack(codes, lane, scale, out) writes one block's bytes.
-
-    Returns:
-        encode(x, importance, out): flat float32, importance of a row, uint8 [blocks, block bytes].
+        xt, wt: [elements, 128], elements a multiple of 4.
+        n: codes run from -n to n - 1.
+        candidates: see `targets`.
+        refinements: further rounds in which the best scale so far is the candidate.
+        scale: out, [128].
+        work: [6, 128].
     """
-    search = make_search(elements, n, refinements)
-    rounding = make_rounding(elements, n)
+    top, inverse, error, sums = work[0], work[1], work[2], work[3:6]
+    for lane in range(LANES):
+        top[lane] = ZERO
+        scale[lane] = ZERO
+        error[lane] = ZERO
+    for i in range(xt.shape[0]):
+        for lane in range(LANES):
+            x = xt[i, lane]
+            top[lane] = x if abs(x) > abs(top[lane]) else top[lane]
+            error[lane] += wt[i, lane] * x * x
+    for k in range(candidates.size + refinements):
+        for lane in range(LANES):
+            if k < candidates.size:
+                inverse[lane] = candidates[k] / top[lane] if abs(top[lane]) > TINY else ZERO
+            else:
+                inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+        residuals(xt, wt, inverse, n, sums)
+        for lane in range(LANES):
+            usable = sums[SLL, lane] > ZERO
+            a = sums[SEL, lane] / sums[SLL, lane] if usable else ZERO
+            s = ONE / inverse[lane] if usable else ZERO
+            left = (sums[SEE, lane] - a * sums[SEL, lane]) * s * s
+            better = usable and left < error[lane]
+            error[lane] = left if better else error[lane]
+            scale[lane] = s * (ONE + a) if better else scale[lane]
 
-    @njit(**FAST)
-    def encode(x: F32, importance: F32, out: npt.NDArray[np.uint8]) -> None:
-        xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
-        codes = np.empty((elements, LANES), np.uint8)
-        scratch = np.empty((8, LANES), np.float32)
-        scale, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        count = out.shape[0]
-        for first in range(0, count, LANES):
-            load_tile(x, importance, first, count, xt, wt)
-            search(xt, wt, scale, error, scratch)
-            for lane in range(LANES):
-                scale[lane] = round_f16(scale[lane])
-            rounding(xt, scale, codes)
-            for lane in range(min(LANES, count - first)):
-                pack(codes, lane, scale[lane], out[first + lane])
 
-    return encode
+@njit(**FAST)
+def round_codes(xt: F32, scale: F32, n: np.float32, codes: U8) -> None:
+    """The codes, plus n, for scales that are settled: codes [elements, 128]."""
+    for i in range(xt.shape[0]):
+        for lane in range(LANES):
+            s = scale[lane]
+            t = xt[i, lane] / s if s != ZERO else ZERO
+            codes[i, lane] = np.uint8(np.int32(min(max(np.floor(t + HALF), -n), n - ONE) + n))
 
 
-def make_super_encoder(n: int, steps: int, refinements: int, reach: int, pack: Any) -> Callable[..., None]:
-    """An encoder for 256 weights in 16 blocks of 16 whose scales are integers times one half-precision scale.
+@njit(**FAST)
+def encode_blocks(x: F32, importance: F32, n: int, candidates: F32, refinements: int, codes: U8, scale: F32) -> None:
+    """Blocks with one half-precision scale each.
 
     Args:
-        steps: block scales run from -steps to steps - 1.
-        reach: how far from the nearest integer other block scales are tried.
-        pack: pack(codes, first lane, integers, super scale, out) writes one super-block's bytes.
-
-    Returns:
-        encode(x, importance, out): flat float32, importance of a row, uint8 [super-blocks, block bytes].
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        n, candidates, refinements: see `search`.
+        codes: out, [blocks, elements], plus n.
+        scale: out, [blocks], representable in half precision.
     """
-    elements, blocks = 16, 16
-    search = make_search(elements, n, refinements)
-    rounding = make_rounding(elements, n)
-    low, high = np.float32(-n), np.float32(n - 1)
-    step_low, step_high = np.float32(-steps), np.float32(steps - 1)
+    count, elements = codes.shape
+    span = np.float32(n)
+    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    tile = np.empty((elements, LANES), np.uint8)
+    work, found = np.empty((6, LANES), np.float32), np.empty(LANES, np.float32)
+    for first in range(0, count, LANES):
+        load_tile(x, importance, first, count, xt, wt)
+        search(xt, wt, span, candidates, refinements, found, work)
+        for lane in range(LANES):
+            found[lane] = round_f16(found[lane])
+        round_codes(xt, found, span, tile)
+        for lane in range(min(LANES, count - first)):
+            scale[first + lane] = found[lane]
+            for i in range(elements):
+                codes[first + lane, i] = tile[i, lane]
 
-    @njit(**FAST)
-    def choose(xt: F32, wt: F32, step: F32, ideal: F32, integer: F32, error: F32, scratch: F32) -> None:
-        """For each lane the integer near its ideal scale with the least error once the codes are rounded anew."""
-        inverse, actual, left, whole = scratch[0], scratch[1], scratch[2], scratch[3]
-        for k in range(2 * reach + 1):
-            for lane in range(LANES):
-                d = step[lane]
-                nearest = np.floor(ideal[lane] / d + HALF) if d != ZERO else ZERO
-                whole[lane] = min(max(nearest + np.float32(k - reach), step_low), step_high)
-                actual[lane] = d * whole[lane]
-                inverse[lane] = ONE / actual[lane] if actual[lane] != ZERO else ZERO
-                left[lane] = ZERO
-            for i in range(0, elements, 2):
-                for lane in range(LANES):
-                    x0, x1 = xt[i, lane], xt[i + 1, lane]
-                    l0 = min(max(np.floor(x0 * inverse[lane] + HALF), low), high)
-                    l1 = min(max(np.floor(x1 * inverse[lane] + HALF), low), high)
-                    e0, e1 = x0 - actual[lane] * l0, x1 - actual[lane] * l1
-                    left[lane] += wt[i, lane] * e0 * e0 + wt[i + 1, lane] * e1 * e1
-            for lane in range(LANES):
-                better = k == 0 or left[lane] < error[lane]
-                error[lane] = left[lane] if better else error[lane]
-                integer[lane] = whole[lane] if better else integer[lane]
 
-    @njit(**FAST)
-    def refit(xt: F32, wt: F32, step: F32, integer: F32, lane0: int, scratch: F32) -> np.float32:
-        """The super-block's scale with the least error for the codes that `step` and `integer` give."""
+@njit(**FAST)
+def choose_integers(
+    xt: F32, wt: F32, n: np.float32, most: np.float32, reach: int, step: F32, ideal: F32, chosen: F32, work: F32
+) -> None:
+    """For each lane the integer near its ideal scale over its step with the least error.
+
+    chosen [2, 128] takes the integers and their errors; work[3:6] keeps no sums that belong to them.
+    """
+    inverse, whole, sums = work[0], work[1], work[3:6]
+    for k in range(-reach, reach + 1):
+        for lane in range(LANES):
+            d = step[lane]
+            nearest = np.floor(ideal[lane] / d + HALF) if d != ZERO else ZERO
+            whole[lane] = min(max(nearest + np.float32(k), -most), most - ONE)
+            s = d * whole[lane]
+            inverse[lane] = ONE / s if s != ZERO else ZERO
+        residuals(xt, wt, inverse, n, sums)
+        for lane in range(LANES):
+            s = step[lane] * whole[lane]
+            # a scale of zero leaves the weights themselves, which no other scale that was tried can match only if
+            # they are zero: it is never better
+            left = sums[SEE, lane] * s * s if s != ZERO else np.float32(3e38)
+            better = k == -reach or left < chosen[1, lane]
+            chosen[0, lane] = whole[lane] if better else chosen[0, lane]
+            chosen[1, lane] = left if better else chosen[1, lane]
+
+
+@njit(**FAST)
+def refit_step(xt: F32, wt: F32, n: np.float32, blocks: int, step: F32, integer: F32, other: F32, work: F32) -> None:
+    """The step of each super-block with the least error for the codes that `step` and `integer` give."""
+    inverse, sums = work[0], work[3:6]
+    for lane in range(LANES):
+        s = step[lane] * integer[lane]
+        inverse[lane] = ONE / s if s != ZERO else ZERO
+    residuals(xt, wt, inverse, n, sums)
+    for lane0 in range(0, LANES, blocks):
         upper, lower = ZERO, ZERO
         for lane in range(lane0, lane0 + blocks):
-            s = step[lane] * integer[lane]
-            inverse = ONE / s if s != ZERO else ZERO
-            slx, sll = ZERO, ZERO
-            for i in range(elements):
-                code = min(max(np.floor(xt[i, lane] * inverse + HALF), low), high)
-                slx += wt[i, lane] * code * xt[i, lane]
-                sll += wt[i, lane] * code * code
-            upper += integer[lane] * slx
-            lower += integer[lane] * integer[lane] * sll
-        return upper / lower if lower > ZERO else step[lane0]
+            square = integer[lane] * integer[lane]
+            upper += square * (sums[SLL, lane] + sums[SEL, lane])
+            lower += square * sums[SLL, lane]
+        d = step[lane0] * (upper / lower) if lower > ZERO else step[lane0]
+        d = round_f16(min(max(d, -F16_MAX), F16_MAX))
+        for lane in range(lane0, lane0 + blocks):
+            other[lane] = d
 
-    @njit(**FAST)
-    def encode(x: F32, importance: F32, out: npt.NDArray[np.uint8]) -> None:
-        xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
-        codes = np.empty((elements, LANES), np.uint8)
-        scratch = np.empty((8, LANES), np.float32)
-        ideal, error, step = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-        integer, other, other_error = (
-            np.empty(LANES, np.float32),
-            np.empty(LANES, np.float32),
-            np.empty(LANES, np.float32),
-        )
-        other_step = np.empty(LANES, np.float32)
-        count = out.shape[0]
-        per_tile = LANES // blocks
-        for first in range(0, count, per_tile):
-            load_tile(x, importance, first * blocks, count * blocks, xt, wt)
-            search(xt, wt, ideal, error, scratch)
-            for lane0 in range(0, LANES, blocks):
-                largest = ZERO
-                for lane in range(lane0, lane0 + blocks):
-                    largest = ideal[lane] if abs(ideal[lane]) > abs(largest) else largest
-                d = round_f16(min(max(largest / step_low, -F16_MAX), F16_MAX))
-                for lane in range(lane0, lane0 + blocks):
-                    step[lane] = d
-            choose(xt, wt, step, ideal, integer, error, scratch)
-            for lane0 in range(0, LANES, blocks):
-                d = round_f16(refit(xt, wt, step, integer, lane0, scratch))
-                for lane in range(lane0, lane0 + blocks):
-                    other_step[lane] = d
-            choose(xt, wt, other_step, ideal, other, other_error, scratch)
+
+@njit(**FAST)
+def encode_super_blocks(
+    x: F32,
+    importance: F32,
+    n: int,
+    most: int,
+    candidates: F32,
+    refinements: int,
+    reach: int,
+    rounds: int,
+    codes: U8,
+    integers: npt.NDArray[np.int8],
+    steps: F32,
+) -> None:
+    """Super-blocks whose blocks have an integer scale: a code's value is step * integer * code.
+
+    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        n, candidates, refinements: see `search`.
+        most: integers run from -most to most - 1.
+        reach: how far from the nearest integer other block scales are tried.
+        rounds: how often the step is fitted to the codes and the integers chosen anew.
+        codes: out, [super-blocks, blocks, elements], plus n.
+        integers: out, [super-blocks, blocks].
+        steps: out, [super-blocks], representable in half precision.
+    """
+    count, blocks, elements = codes.shape
+    per_tile = LANES // blocks
+    span, last = np.float32(n), np.float32(most)
+    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    tile = np.empty((elements, LANES), np.uint8)
+    work, lanes = np.empty((6, LANES), np.float32), np.empty((3, LANES), np.float32)
+    ideal, step, other = lanes[0], lanes[1], lanes[2]
+    best, trial = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    for first in range(0, count, per_tile):
+        load_tile(x, importance, first * blocks, count * blocks, xt, wt)
+        search(xt, wt, span, candidates, refinements, ideal, work)
+        for lane0 in range(0, LANES, blocks):
+            largest = ZERO
+            for lane in range(lane0, lane0 + blocks):
+                largest = ideal[lane] if abs(ideal[lane]) > abs(largest) else largest
+            d = round_f16(min(max(largest / -last, -F16_MAX), F16_MAX))
+            for lane in range(lane0, lane0 + blocks):
+                step[lane] = d
+        choose_integers(xt, wt, span, last, reach, step, ideal, best, work)
+        for _ in range(rounds):
+            refit_step(xt, wt, span, blocks, step, best[0], other, work)
+            choose_integers(xt, wt, span, last, reach, other, ideal, trial, work)
             for lane0 in range(0, LANES, blocks):
                 gain = ZERO
                 for lane in range(lane0, lane0 + blocks):
-                    gain += error[lane] - other_error[lane]
-                for lane in range(lane0, lane0 + blocks):
-                    step[lane] = other_step[lane] if gain > ZERO else step[lane]
-                    integer[lane] = other[lane] if gain > ZERO else integer[lane]
-            for lane in range(LANES):
-                scratch[0, lane] = step[lane] * integer[lane]
-            rounding(xt, scratch[0], codes)
-            for s in range(min(per_tile, count - first)):
-                lane0 = s * blocks
-                pack(codes, lane0, integer[lane0 : lane0 + blocks], step[lane0], out[first + s])
-
-    return encode
+                    gain += best[1, lane] - trial[1, lane]
+                if gain > ZERO:
+                    for lane in range(lane0, lane0 + blocks):
+                        step[lane] = other[lane]
+                        best[0, lane] = trial[0, lane]
+                        best[1, lane] = trial[1, lane]
+        for lane in range(LANES):
+            ideal[lane] = step[lane] * best[0, lane]
+        round_codes(xt, ideal, span, tile)
+        for s in range(min(per_tile, count - first)):
+            steps[first + s] = step[s * blocks]
+            for j in range(blocks):
+                integers[first + s, j] = np.int8(best[0, s * blocks + j])
+                for i in range(elements):
+                    codes[first + s, j, i] = tile[i, s * blocks + j]

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def _pieces(
         while ahead and ahead[0][0] is tensor:
             data = ahead.popleft()[1].result()
             refill()
-            yield memoryview(data).cast("B")
+            yield data.reshape(-1).data
             done += data.nbytes
             if progress:
                 progress(done, total, tensor.name)
@@ -125,13 +126,12 @@ def _jobs(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], np
         return
     step = max(1, SLAB_WEIGHTS // max(1, columns))
     for start in range(0, lines, step):
-        yield lambda start=start: _encode(tensor, source, start, min(start + step, lines))
+        yield partial(_encode, tensor, source, start, min(start + step, lines))
 
 
 def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
     for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
-        stop = min(start + 4 * SLAB_WEIGHTS, tensor.nbytes)
-        yield lambda start=start, stop=stop: source.stored[tensor.name](start, stop)
+        yield partial(source.stored[tensor.name], start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes))
 
 
 def _encode(tensor: PlannedTensor, source: GGUFSource, start: int, stop: int) -> npt.NDArray[np.uint8]:

