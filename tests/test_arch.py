@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -379,3 +380,16 @@ def test_junk_is_refused_and_never_crashes(name: str, tiny: Tiny, data: st.DataO
         arch.gguf_tensors(changed, shapes_of(arrays))
     except FewbitsError:
         pass
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_shapes_are_checked_against_the_configuration(name: str, tiny: Tiny) -> None:
+    """Every family's own shapes pass; one row less anywhere among the linears does not."""
+    _, config, arrays = tiny(name)
+    metadata, views = arch.gguf_metadata(config), arch.gguf_tensors(config, shapes_of(arrays))
+    arch.check_shapes(metadata, views)
+    for view in views:
+        if view.name.endswith(("ffn_down.weight", "ffn_up.weight", "attn_output.weight", "ffn_down_exps.weight")):
+            cut = dataclasses.replace(view, shape=(view.shape[0] - 1, *view.shape[1:]))
+            with pytest.raises(FewbitsError, match="the shape"):
+                arch.check_shapes(metadata, [cut])

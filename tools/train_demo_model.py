@@ -309,6 +309,7 @@ def main() -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     (arguments.out / "held_out.txt").write_text("".join(held_out for _, _, held_out in texts), "utf-8")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone, a wheel would keep that
     # The figures are those of the file that was written, bf16 rounding included.
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     report |= figures(texts, names, tokenizer, written, untrained)

@@ -2,6 +2,7 @@
 
 from fewbits.arch.config import REST, canonical, config_from_gguf, gguf_metadata, gguf_notes
 from fewbits.arch.families import FAMILIES, Family, Key, Role, ScalePair, family_of, family_of_gguf
+from fewbits.arch.shapes import check_shapes
 from fewbits.arch.tensors import GGUFTensor, HFTensor, gguf_tensors, hf_tensors
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Role",
     "ScalePair",
     "canonical",
+    "check_shapes",
     "config_from_gguf",
     "family_of",
     "family_of_gguf",

@@ -67,6 +67,7 @@ def _from_directory(checkpoint: SafetensorsCheckpoint, pre_tokenizer: str | None
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     views = arch.gguf_tensors(config, shapes)
     metadata = arch.gguf_metadata(config)
+    arch.check_shapes(metadata, views)
     name = str(metadata["general.architecture"])
     metadata |= _authorship(checkpoint.path, name, sum(prod(shape) for shape in shapes.values()))
     metadata |= gguf_tokenizer(checkpoint.path, config, pre_tokenizer)
