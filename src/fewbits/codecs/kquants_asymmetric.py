@@ -13,13 +13,11 @@ import numpy.typing as npt
 from numba import njit
 
 from fewbits.codecs.base import Bytes, Codec, Floats
-from fewbits.codecs.legacy_asymmetric import REFINEMENTS
 from fewbits.codecs.legacy_symmetric import blocks_of
-from fewbits.kernels.asymmetric import encode_super_blocks
+from fewbits.kernels.asymmetric import CANDIDATES, encode_super_blocks
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
-GRID = np.array([(r, 0) for r in (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)], np.float32)
 
 
 @njit(**EXACT)
@@ -149,8 +147,7 @@ class _SuperBlocks(Codec):
         codes = np.empty((count, blocks, cls.elements), np.uint8)
         integers, steps = np.empty((count, 2, blocks), np.uint8), np.empty((count, 2), np.float32)
         weight, n = usable_importance(importance, columns), cls.levels - 1
-        effort = (REFINEMENTS, cls.reach, cls.rounds)
-        encode_super_blocks(flat, weight, n, cls.most, GRID + (n, 0), *effort, codes, integers, steps)
+        encode_super_blocks(flat, weight, n, cls.most, CANDIDATES[n], cls.reach, cls.rounds, codes, integers, steps)
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, integers, steps, out)
         return out.reshape(rows, -1)

@@ -14,12 +14,10 @@ from numba import njit
 
 from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.codecs.legacy_symmetric import blocks_of
-from fewbits.kernels.asymmetric import encode_blocks
+from fewbits.kernels.asymmetric import CANDIDATES, encode_blocks
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
-REFINEMENTS = 2
-GRID = np.array([(r, 0) for r in (-0.9, -0.7, -0.55, -0.4, -0.25, -0.1, 0.05, 0.2, 0.4, 0.6)], np.float32)
 
 
 @njit(**EXACT)
@@ -83,8 +81,8 @@ class _Asymmetric(Codec):
         count = flat.size // cls.block
         codes = np.empty((count, cls.block), np.uint8)
         scale, low = np.empty(count, np.float32), np.empty(count, np.float32)
-        weight = usable_importance(importance, columns)
-        encode_blocks(flat, weight, cls.levels - 1, GRID + (cls.levels - 1, 0), REFINEMENTS, codes, scale, low)
+        weight, n = usable_importance(importance, columns), cls.levels - 1
+        encode_blocks(flat, weight, n, CANDIDATES[n], codes, scale, low)
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, scale, low, out)
         return out.reshape(rows, -1)

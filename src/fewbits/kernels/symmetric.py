@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.kernels.lanes import F16_MAX, FAST, LANES, TINY, load_tile, round_f16
+from fewbits.kernels.lanes import F16_MAX, FAST, LANES, TINY, lane_rows, load_tile, round_f16
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+WORST = np.float32(3e38)
 SLL, SEL, SEE = range(3)
 """Rows of `sums`: of squared codes, residuals times codes, squared residuals."""
 NEGATIVE = (-0.9, -0.7, -0.5, -0.35, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
@@ -66,33 +67,38 @@ def search(xt: F32, wt: F32, n: np.float32, candidates: F32, refinements: int, s
         candidates: see `targets`.
         refinements: further rounds in which the best scale so far is the candidate.
         scale: out, [128].
-        work: [6, 128].
+        work: [7, 128].
     """
-    top, inverse, error, sums = work[0], work[1], work[2], work[3:6]
+    top, inverse, error, sums, spacing = work[0], work[1], work[2], work[3:6], work[6]
     for lane in range(LANES):
         top[lane] = ZERO
         scale[lane] = ZERO
         error[lane] = ZERO
     for i in range(xt.shape[0]):
         for lane in range(LANES):
-            x = xt[i, lane]
-            top[lane] = x if abs(x) > abs(top[lane]) else top[lane]
+            x, largest = xt[i, lane], top[lane]
+            top[lane] = x if abs(x) > abs(largest) else largest
             error[lane] += wt[i, lane] * x * x
     for k in range(candidates.size + refinements):
+        if k < candidates.size:
+            part = ONE / candidates[k]
+            for lane in range(LANES):
+                spacing[lane] = top[lane] * part
+        else:
+            for lane in range(LANES):
+                spacing[lane] = scale[lane]
         for lane in range(LANES):
-            if k < candidates.size:
-                inverse[lane] = candidates[k] / top[lane] if abs(top[lane]) > TINY else ZERO
-            else:
-                inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+            s = spacing[lane]
+            inverse[lane] = ONE / s if abs(s) > TINY else ZERO
         residuals(xt, wt, inverse, n, sums)
         for lane in range(LANES):
-            usable = sums[SLL, lane] > ZERO
-            a = sums[SEL, lane] / sums[SLL, lane] if usable else ZERO
-            s = ONE / inverse[lane] if usable else ZERO
-            left = (sums[SEE, lane] - a * sums[SEL, lane]) * s * s
-            better = usable and left < error[lane]
-            error[lane] = left if better else error[lane]
-            scale[lane] = s * (ONE + a) if better else scale[lane]
+            # both sides of each choice are loaded first: only then it becomes a select and not a branch
+            s, sel, best, least = spacing[lane], sums[SEL, lane], scale[lane], error[lane]
+            a = sel / max(sums[SLL, lane], TINY)
+            left = (sums[SEE, lane] - a * sel) * s * s
+            better = left < least
+            scale[lane] = s * (ONE + a) if better else best
+            error[lane] = left if better else least
 
 
 @njit(**FAST)
@@ -118,9 +124,9 @@ def encode_blocks(x: F32, importance: F32, n: int, candidates: F32, refinements:
     """
     count, elements = codes.shape
     span = np.float32(n)
-    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, found = np.empty((6, LANES), np.float32), np.empty(LANES, np.float32)
+    work, found = lane_rows(7), lane_rows(1)[0]
     for first in range(0, count, LANES):
         load_tile(x, importance, first, count, xt, wt)
         search(xt, wt, span, candidates, refinements, found, work)
@@ -142,6 +148,9 @@ def choose_integers(
     chosen [2, 128] takes the integers and their errors; work[3:6] keeps no sums that belong to them.
     """
     inverse, whole, sums = work[0], work[1], work[3:6]
+    for lane in range(LANES):
+        chosen[0, lane] = ZERO
+        chosen[1, lane] = WORST
     for k in range(-reach, reach + 1):
         for lane in range(LANES):
             d = step[lane]
@@ -151,13 +160,12 @@ def choose_integers(
             inverse[lane] = ONE / s if s != ZERO else ZERO
         residuals(xt, wt, inverse, n, sums)
         for lane in range(LANES):
-            s = step[lane] * whole[lane]
-            # a scale of zero leaves the weights themselves, which no other scale that was tried can match only if
-            # they are zero: it is never better
-            left = sums[SEE, lane] * s * s if s != ZERO else np.float32(3e38)
-            better = k == -reach or left < chosen[1, lane]
-            chosen[0, lane] = whole[lane] if better else chosen[0, lane]
-            chosen[1, lane] = left if better else chosen[1, lane]
+            s, best, least, integer = step[lane] * whole[lane], chosen[0, lane], chosen[1, lane], whole[lane]
+            left = sums[SEE, lane] * s * s
+            # a scale of zero leaves no residual to weigh: it stands only where nothing else was tried
+            better = (left < least) & (s != ZERO)
+            chosen[0, lane] = integer if better else best
+            chosen[1, lane] = left if better else least
 
 
 @njit(**FAST)
@@ -210,11 +218,11 @@ def encode_super_blocks(
     count, blocks, elements = codes.shape
     per_tile = LANES // blocks
     span, last = np.float32(n), np.float32(most)
-    xt, wt = np.empty((elements, LANES), np.float32), np.empty((elements, LANES), np.float32)
+    xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, lanes = np.empty((6, LANES), np.float32), np.empty((3, LANES), np.float32)
+    work, lanes = lane_rows(7), lane_rows(3)
     ideal, step, other = lanes[0], lanes[1], lanes[2]
-    best, trial = np.empty((2, LANES), np.float32), np.empty((2, LANES), np.float32)
+    best, trial = lane_rows(2), lane_rows(2)
     for first in range(0, count, per_tile):
         load_tile(x, importance, first * blocks, count * blocks, xt, wt)
         search(xt, wt, span, candidates, refinements, ideal, work)
