@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/fewbits demo
 
 test: dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: dev
 	$(BIN)/ruff check .

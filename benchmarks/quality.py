@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    print(
-        "| level | bytes, ours | bytes, peer | KL, ours | KL, peer | ratio | same top, ours | same top, peer |"
-    )
+    print("| level | bytes, ours | bytes, peer | KL, ours | KL, peer | ratio | same top, ours | same top, peer |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

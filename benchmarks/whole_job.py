@@ -19,16 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import fewbits
 
-from fewbits.demo import MODEL
-
+MODEL = Path(str(fewbits.__file__)).parent / "demo" / "model"
 HIDDEN, FF, HEADS, KV_HEADS, VOCABULARY = 2048, 8192, 32, 8, 32000
 
 
 def synthetic(folder: Path, layers: int) -> Path:
     """A random Llama of the shape of a 1.1B (16 layers) with the demo model's tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     for file in MODEL.glob("*.json"):
         shutil.copy(file, folder)
@@ -84,19 +85,27 @@ def run(command: list[str], env: dict[str, str] | None = None) -> tuple[float, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--llama-cpp", type=Path, required=True)
-    parser.add_argument("--bin", type=Path, required=True)
+    parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--bin", type=Path)
+    parser.add_argument("--make", type=Path, help="only make the synthetic model in this folder")
     parser.add_argument("--target", default="Q4_K_M")
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    if options.make:
+        synthetic(options.make, options.layers[0])
+        return
+    if not options.llama_cpp or not options.bin:
+        parser.error("--llama-cpp and --bin are needed")
     print("| layers | target | convert s | llama-quantize s | fewbits s | ratio | fewbits MB | peers' MB |")
     print("|---|---|---|---|---|---|---|---|")
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            model = synthetic(folder / "model", layers)
+            model = folder / "model"
+            # in a process of its own: a child's largest resident set counts its parent's at the fork
+            subprocess.run([sys.executable, __file__, "--make", str(model), "--layers", str(layers)], check=True)
             # the official converter knows pre-tokenizers by hash only; an unknown one is the demo tokenizer's fate
             script = str(Path(__file__).parent / "convert_any.py")
             converter = [sys.executable, script, str(options.llama_cpp), str(model)]

@@ -124,7 +124,7 @@ class Q3_K(_SuperBlocks):
 
     name = "Q3_K"
     block_bytes = 110
-    half_levels, most, reach, rounds = 4, 32, 2, 2
+    half_levels, most, reach, rounds = 4, 32, 1, 2
     pack = staticmethod(_pack_q3_k)
     decoder = staticmethod(_decode_q3_k)
 

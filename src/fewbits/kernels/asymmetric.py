@@ -139,10 +139,10 @@ def search(
         grid: [candidates, 2]: the range of a block is tried as so many codes, its lowest weight at such a code.
         ceiling: no offset is above this; zero, or anything beyond HUGE for no limit.
         total, scale, low: out, [128]; total is the sum of weights.
-        work: [12, 128].
+        work: [13, 128].
     """
     inverse, shift, bottom, extent, error, sums = work[0], work[1], work[2], work[3], work[4], work[5:10]
-    wx, wxx = work[10], work[11]
+    wx, wxx, density = work[10], work[11], work[12]
     for lane in range(LANES):
         bottom[lane] = ceiling
         extent[lane] = -HUGE
@@ -164,56 +164,60 @@ def search(
             wx[lane] += wt[i, lane] * x
             wxx[lane] += wt[i, lane] * x * x
     for lane in range(LANES):
-        extent[lane] = extent[lane] - bottom[lane]
+        size = extent[lane] - bottom[lane]
+        extent[lane] = size
+        density[lane] = ONE / max(size, TINY)
+        density[lane] = density[lane] if size > TINY else ZERO
         low[lane] = bottom[lane]
     for k in range(grid.shape[0]):
         reach, start = grid[k, 0], grid[k, 1]
+        whole = ONE / reach
         for lane in range(LANES):
-            s = reach / extent[lane] if extent[lane] > TINY else ZERO
-            inverse[lane] = s
-            shift[lane] = start - bottom[lane] * s
+            inverse[lane] = reach * density[lane]
+            shift[lane] = start - bottom[lane] * inverse[lane]
         products(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
-            w, wl, wll, wtl, s = total[lane], sums[WL, lane], sums[WLL, lane], sums[WEL, lane], inverse[lane]
+            w, wl, wll, wtl = total[lane], sums[WL, lane], sums[WLL, lane], sums[WEL, lane]
+            s, z, unit = inverse[lane], shift[lane], extent[lane] * whole
+            old, old_scale, old_low = error[lane], scale[lane], low[lane]
             wt1 = s * wx[lane] + start * w
             wtt = s * (s * wxx[lane] + TWO * start * wx[lane]) + start * start * w
-            determinant = w * wll - wl * wl
-            solvable = s > ZERO and determinant > FLAT * w * wll
-            b = (wll * wt1 - wl * wtl) / determinant if solvable else shift[lane]
-            unit = ONE / s if solvable else ZERO
-            b = shift[lane] if (b - shift[lane]) * unit > ceiling else b
-            a = (wtl - b * wl) / wll if solvable else ZERO
+            determinant, least = w * wll - wl * wl, FLAT * w * wll + TINY
+            b = (wll * wt1 - wl * wtl) / max(determinant, least)
+            b = z if (b - z) * unit > ceiling else b
+            a = (wtl - b * wl) / (wll + TINY)
             left = (wtt - TWO * (a * wtl + b * wt1 - a * b * wl) + a * a * wll + b * b * w) * unit * unit
-            better = solvable and left < error[lane] and a > HALF
-            error[lane] = left if better else error[lane]
-            scale[lane] = a * unit if better else scale[lane]
-            low[lane] = (b - shift[lane]) * unit if better else low[lane]
-    for lane in range(LANES):  # none was solvable: all weights but a negligible few are one value
-        flat = scale[lane] == ZERO and extent[lane] > TINY
-        scale[lane] = extent[lane] / top if flat else scale[lane]
+            new_scale, new_low = a * unit, (b - z) * unit
+            better = (s > ZERO) & (determinant > least) & (left < old) & (a > HALF)
+            error[lane] = left if better else old
+            scale[lane] = new_scale if better else old_scale
+            low[lane] = new_low if better else old_low
+    for lane in range(LANES):  # where no candidate was solvable, all weights but negligible ones are one value
+        plain, old_scale = extent[lane] / top, scale[lane]
+        plain = plain if extent[lane] > TINY else ZERO
+        scale[lane] = plain if old_scale == ZERO else old_scale
         error[lane] = WORST
     for _ in range(REFINEMENTS):
         for lane in range(LANES):
-            s = ONE / scale[lane] if scale[lane] > ZERO else ZERO
+            s = ONE / max(scale[lane], TINY)
+            s = s if scale[lane] > TINY else ZERO
             inverse[lane] = s
             shift[lane] = -low[lane] * s
         residuals(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
             w, wl, wll, we, wel = total[lane], sums[WL, lane], sums[WLL, lane], sums[WE, lane], sums[WEL, lane]
-            usable = inverse[lane] > ZERO and wll > ZERO
-            s = ONE / inverse[lane] if usable else ZERO
-            determinant = w * wll - wl * wl
-            solvable = usable and determinant > FLAT * w * wll
-            b = (wll * we - wl * wel) / determinant if solvable else ZERO
-            base = -shift[lane] * s
-            b = shift[lane] if base + b * s > ceiling else b
-            a = (wel - b * wl) / wll if usable else ZERO
-            left = sums[WEE, lane] - TWO * (a * wel + b * we - a * b * wl) + a * a * wll + b * b * w
-            left = left * s * s
-            better = usable and left < error[lane] and a > -HALF
-            error[lane] = left if better else error[lane]
-            scale[lane] = s * (ONE + a) if better else scale[lane]
-            low[lane] = base + b * s if better else low[lane]
+            s, old, old_low = scale[lane], error[lane], low[lane]
+            determinant, least = w * wll - wl * wl, FLAT * w * wll + TINY
+            b = (wll * we - wl * wel) / max(determinant, least)
+            b = b if determinant > least else ZERO
+            b = shift[lane] if old_low + b * s > ceiling else b
+            a = (wel - b * wl) / (wll + TINY)
+            left = (sums[WEE, lane] - TWO * (a * wel + b * we - a * b * wl) + a * a * wll + b * b * w) * s * s
+            new_scale, new_low = s * (ONE + a), old_low + b * s
+            better = (inverse[lane] > ZERO) & (left < old) & (a > -HALF)
+            error[lane] = left if better else old
+            scale[lane] = new_scale if better else s
+            low[lane] = new_low if better else old_low
 
 
 @njit(**INLINE)
@@ -244,7 +248,7 @@ def encode_blocks(x: F32, importance: F32, n: int, grid: F32, codes: U8, scale: 
     top = np.float32(n)
     xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, lanes = lane_rows(12), lane_rows(3)
+    work, lanes = lane_rows(13), lane_rows(3)
     total, scales, lows = lanes[0], lanes[1], lanes[2]
     for first in range(0, count, LANES):
         load_tile(x, importance, first, count, xt, wt)
@@ -283,23 +287,28 @@ def choose_integers(
     """For each lane the pair of integers (scale, offset) near its ideal scale and offset with the least error."""
     inverse, shift, whole, error, sums = work[0], work[1], work[2], work[4], work[5:10]
     for k in range(-reach, reach + 1):
+        first = k == -reach
         for lane in range(LANES):
             d = steps[0, lane]
-            nearest = np.floor(scale[lane] / d + HALF) if d > ZERO else ONE
-            whole[lane] = min(max(nearest + np.float32(k), ONE), most)
-            inverse[lane] = ONE / (d * whole[lane]) if d > ZERO else ZERO
-            shift[lane] = -low[lane] * inverse[lane]
+            p = min(max(np.floor(scale[lane] / max(d, TINY) + HALF) + np.float32(k), ONE), most)
+            s = ONE / max(d * p, TINY)
+            s = s if d > ZERO else ZERO
+            whole[lane] = p
+            inverse[lane] = s
+            shift[lane] = -low[lane] * s
         residuals(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
-            s, m = steps[0, lane] * whole[lane], steps[1, lane]
-            offset = low[lane] + s * sums[WE, lane] / total[lane]
-            integer = min(max(np.floor(HALF - offset / m), ZERO), most) if m > ZERO else ZERO
-            b = (-integer * m - low[lane]) * inverse[lane]
-            left = (sums[WEE, lane] - TWO * b * sums[WE, lane] + b * b * total[lane]) * s * s
-            better = k == -reach or left < error[lane]
-            error[lane] = left if better else error[lane]
-            pair[0, lane] = whole[lane] if better else pair[0, lane]
-            pair[1, lane] = integer if better else pair[1, lane]
+            w, we, wee, p, m = total[lane], sums[WE, lane], sums[WEE, lane], whole[lane], steps[1, lane]
+            old, old_p, old_q = error[lane], pair[0, lane], pair[1, lane]
+            s = steps[0, lane] * p
+            q = min(max(np.floor(HALF - (low[lane] + s * we / w) / max(m, TINY)), ZERO), most)
+            q = q if m > ZERO else ZERO
+            b = (-q * m - low[lane]) * inverse[lane]
+            left = (wee - TWO * b * we + b * b * w) * s * s
+            better = (left < old) | first
+            error[lane] = left if better else old
+            pair[0, lane] = p if better else old_p
+            pair[1, lane] = q if better else old_q
 
 
 @njit(**INLINE)
@@ -308,7 +317,7 @@ def measure(xt: F32, wt: F32, top: np.float32, steps: F32, pair: F32, error: F32
     inverse, shift = work[0], work[1]
     for lane in range(LANES):
         s = steps[0, lane] * pair[0, lane]
-        inverse[lane] = ONE / s if s > ZERO else ZERO
+        inverse[lane] = ONE / max(s, TINY) if s > ZERO else ZERO
         shift[lane] = steps[1, lane] * pair[1, lane] * inverse[lane]
     residuals(xt, wt, inverse, shift, top, work[5:10])
     for lane in range(LANES):
@@ -378,7 +387,7 @@ def encode_super_blocks(
     top, last = np.float32(n), np.float32(most)
     xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, lanes = lane_rows(12), lane_rows(5)
+    work, lanes = lane_rows(13), lane_rows(5)
     total, scale, low, error, other_error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     best, pair = lane_rows(2), lane_rows(2)
     other, other_pair = lane_rows(2), lane_rows(2)
@@ -424,8 +433,9 @@ def encode_super_blocks(
         for s in range(min(per_tile, count - first)):
             for row in range(2):
                 steps[first + s, row] = best[row, s * blocks]
+                used = best[row, s * blocks] > ZERO
                 for j in range(blocks):
-                    integers[first + s, row, j] = np.uint8(pair[row, s * blocks + j])
+                    integers[first + s, row, j] = np.uint8(pair[row, s * blocks + j]) if used else np.uint8(0)
             for j in range(blocks):
                 for i in range(elements):
                     codes[first + s, j, i] = tile[i, s * blocks + j]

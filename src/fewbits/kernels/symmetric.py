@@ -31,7 +31,7 @@ def targets(n: int) -> F32:
     return np.array([-(n + g) for g in NEGATIVE] + [n - 1 + g for g in POSITIVE], np.float32)
 
 
-@njit(**FAST)
+@njit(**FAST, inline="always")
 def residuals(xt: F32, wt: F32, inverse: F32, n: np.float32, sums: F32) -> None:
     """Sum what codes round(x * inverse) leave over, for 128 blocks.
 
@@ -234,8 +234,12 @@ def encode_super_blocks(
             for lane in range(lane0, lane0 + blocks):
                 step[lane] = d
         choose_integers(xt, wt, span, last, reach, step, ideal, best, work)
-        for _ in range(rounds):
-            refit_step(xt, wt, span, blocks, step, best[0], other, work)
+        for k in range(rounds + 1):
+            if k == 0:  # a little larger, so that a block scale of the other sign is not cut off
+                for lane in range(LANES):
+                    other[lane] = round_f16(step[lane] * (last / (last - ONE)))
+            else:
+                refit_step(xt, wt, span, blocks, step, best[0], other, work)
             choose_integers(xt, wt, span, last, reach, other, ideal, trial, work)
             for lane0 in range(0, LANES, blocks):
                 gain = ZERO

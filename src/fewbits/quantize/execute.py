@@ -86,8 +86,17 @@ def execute(
         n_fallbacks=len(plan.fallbacks),
         notes=plan.notes,
         seconds=time.monotonic() - started,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_memory=_peak_memory(),
     )
+
+
+def _peak_memory() -> int:
+    """The process's largest resident set in bytes. ru_maxrss may hold what the parent had at the fork."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:", 1)[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _pieces(
