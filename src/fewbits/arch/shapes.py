@@ -52,7 +52,7 @@ def check_shapes(metadata: Mapping[str, Any], tensors: Sequence[GGUFTensor]) -> 
         if tensor.shape != wanted:
             source = tensor.sources[0] if tensor.sources else tensor.name
             raise FewbitsError(
-                f"tensor {source!r} gives {tensor.name} the shape {list(tensor.shape)}, config.json says {list(wanted)}.",
+                f"tensor {source!r} makes {tensor.name} {list(tensor.shape)}, config.json says {list(wanted)}.",
                 "The files do not belong together: fetch the model again.",
             )
 

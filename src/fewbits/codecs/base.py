@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 from typing import ClassVar
 
@@ -71,6 +72,23 @@ class Codec(ABC):
     @abstractmethod
     def decode(cls, data: Bytes) -> Floats:
         """Decode rows: uint8 [rows, row bytes] -> float32 [rows, columns], bit-equal to libggml."""
+
+
+class Blocked(Codec):
+    """A type whose blocks a kernel decodes.
+
+    Attributes:
+        decoder: decoder(blocks, out): uint8 [blocks, block_bytes] -> float32 [blocks, block].
+    """
+
+    decoder: ClassVar[Callable[[Bytes, Floats], None]]
+
+    @classmethod
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = np.ascontiguousarray(data).reshape(-1, cls.block_bytes)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.decoder(blocks, out)
+        return out.reshape(data.shape[0], -1)
 
 
 def codec(name: str) -> type[Codec]:

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
-from fewbits.codecs.legacy_symmetric import blocks_of
+from fewbits.codecs.base import Blocked, Bytes, Floats
 from fewbits.kernels.asymmetric import CANDIDATES, encode_super_blocks
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
@@ -124,8 +123,8 @@ def _decode_q5_k(data: U8, out: Floats) -> None:
                 out[block, 32 * j + k] = scale * np.float32(code) - offset
 
 
-class _SuperBlocks(Codec):
-    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+class _SuperBlocks(Blocked):
+    """Encoding by search; subclasses name the kernels."""
 
     block = 256
     weighted = True
@@ -137,7 +136,6 @@ class _SuperBlocks(Codec):
     reach: ClassVar[int] = 1
     rounds: ClassVar[int] = 2
     pack: Any
-    decoder: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -151,13 +149,6 @@ class _SuperBlocks(Codec):
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, integers, steps, out)
         return out.reshape(rows, -1)
-
-    @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = blocks_of(cls, data)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.decoder(blocks, out)
-        return out.reshape(data.shape[0], -1)
 
 
 class Q2_K(_SuperBlocks):

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
-from fewbits.codecs.legacy_symmetric import REFINEMENTS, blocks_of
+from fewbits.codecs.base import Blocked, Bytes, Floats
+from fewbits.codecs.legacy_symmetric import REFINEMENTS
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 from fewbits.kernels.symmetric import encode_super_blocks, targets
 
@@ -85,8 +85,8 @@ def _decode_q6_k(data: U8, out: Floats) -> None:
                 out[block, i] = scale * np.float32((low | (high << 4)) - 32)
 
 
-class _SuperBlocks(Codec):
-    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+class _SuperBlocks(Blocked):
+    """Encoding by search; subclasses name the kernels."""
 
     block = 256
     weighted = True
@@ -96,7 +96,6 @@ class _SuperBlocks(Codec):
     reach: ClassVar[int]
     rounds: ClassVar[int]
     pack: Any
-    decoder: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -110,13 +109,6 @@ class _SuperBlocks(Codec):
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, integers, steps, out)
         return out.reshape(rows, -1)
-
-    @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = blocks_of(cls, data)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.decoder(blocks, out)
-        return out.reshape(data.shape[0], -1)
 
 
 class Q3_K(_SuperBlocks):

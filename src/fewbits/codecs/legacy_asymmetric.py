@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
-from fewbits.codecs.legacy_symmetric import blocks_of
+from fewbits.codecs.base import Blocked, Bytes, Floats
 from fewbits.kernels.asymmetric import CANDIDATES, encode_blocks
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
@@ -65,14 +64,13 @@ def _decode_q5_1(data: U8, out: Floats) -> None:
             out[block, i + 16] = np.float32((byte >> 4) | (second << 4)) * d + m
 
 
-class _Asymmetric(Codec):
-    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+class _Asymmetric(Blocked):
+    """Encoding by search; subclasses name the kernels."""
 
     block = 32
     weighted = True
     levels: ClassVar[int]
     pack: Any
-    decoder: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -86,13 +84,6 @@ class _Asymmetric(Codec):
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, scale, low, out)
         return out.reshape(rows, -1)
-
-    @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = blocks_of(cls, data)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.decoder(blocks, out)
-        return out.reshape(data.shape[0], -1)
 
 
 class Q4_1(_Asymmetric):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.base import Blocked, Bytes, Floats
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 from fewbits.kernels.symmetric import encode_blocks, targets
 
@@ -83,19 +83,13 @@ def _encode_q8_0(x: Floats, out: U8) -> None:
             out[block, 2 + i] = np.uint8(np.int32(min(max(t, np.float32(-127)), np.float32(127))) & 255)
 
 
-def blocks_of(codec: type[Codec], data: Bytes) -> Bytes:
-    """[rows, row bytes] -> [blocks, block bytes]."""
-    return np.ascontiguousarray(data).reshape(-1, codec.block_bytes)
-
-
-class _Blocks(Codec):
-    """Encoding by search, decoding by kernel; subclasses name the kernels."""
+class _Blocks(Blocked):
+    """Encoding by search; subclasses name the kernels."""
 
     block = 32
     weighted = True
     half_levels: ClassVar[int]
     pack: Any
-    decoder: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -108,13 +102,6 @@ class _Blocks(Codec):
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, scale, out)
         return out.reshape(rows, -1)
-
-    @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = blocks_of(cls, data)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.decoder(blocks, out)
-        return out.reshape(data.shape[0], -1)
 
 
 class Q4_0(_Blocks):
@@ -137,22 +124,16 @@ class Q5_0(_Blocks):
     decoder = staticmethod(_decode_q5_0)
 
 
-class Q8_0(Codec):
+class Q8_0(Blocked):
     """255 levels, one scale for 32 weights: the scale that just holds the largest, as ggml takes it."""
 
     name = "Q8_0"
     block = 32
     block_bytes = 34
+    decoder = staticmethod(_decode_q8_0)
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
         out = np.empty((weights.size // cls.block, cls.block_bytes), np.uint8)
         _encode_q8_0(np.ascontiguousarray(weights, np.float32).reshape(-1), out)
         return out.reshape(weights.shape[0], -1)
-
-    @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = blocks_of(cls, data)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        _decode_q8_0(blocks, out)
-        return out.reshape(data.shape[0], -1)
