@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,8 +46,12 @@ def doctor() -> Diagnosis:
         Check(name="fewbits", state="ok", detail=__version__),
         Check(name="python", state="ok", detail=f"{platform.python_version()} on {platform.platform()}"),
         Check(name="processor", state="ok", detail=f"{os.cpu_count()} cores, {_simd()}"),
-        Check(name="memory", state="ok", detail=f"{_memory() / 1e9:.1f} GB"),
-        Check(name="temporary folder", state="ok", detail=f"{_free(Path(tempfile.gettempdir())) / 1e9:.1f} GB free"),
+        Check(name="memory", state="ok", detail=_memory()),
+        Check(
+            name="temporary folder",
+            state="ok",
+            detail=f"{shutil.disk_usage(tempfile.gettempdir()).free / 1e9:.1f} GB free",
+        ),
     ]
     checks += [_package(name, name, "needed") for name in NEEDED]
     checks += [_package(module, name, use) for module, (name, use) in OPTIONAL.items()]
@@ -85,10 +90,8 @@ def _simd() -> str:
     return f"{platform.machine()} {best}".strip()
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _free(path: Path) -> int:
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    except (AttributeError, ValueError, OSError):
+        return "unknown"

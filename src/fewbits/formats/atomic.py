@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -79,8 +80,7 @@ def check_room(path: Path, needed: int) -> None:
     Raises:
         FewbitsError: with both sizes.
     """
-    status = os.statvfs(path.parent)
-    free = status.f_bavail * status.f_frsize
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise FewbitsError(
             f"{path}: the result needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free.",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +23,11 @@ from fewbits.formats.gguf.writer import write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.quantize.planning import refuse_unmakeable, shards_of
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 SLAB_WEIGHTS = 1 << 21
 """Weights in a slab: 8 MB as float32, small enough for a bound on memory and large enough to drown the overheads."""
@@ -91,12 +94,15 @@ def execute(
 
 
 def _peak_memory() -> int:
-    """The process's largest resident set in bytes. ru_maxrss may hold what the parent had at the fork."""
+    """The process's largest resident set in bytes, 0 where the system does not tell.
+
+    Linux's ru_maxrss may hold what the parent had at the fork, so it is asked last.
+    """
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:", 1)[1].split()[0]) * 1024
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _pieces(
