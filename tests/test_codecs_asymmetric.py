@@ -20,6 +20,26 @@ ALL = pytest.mark.parametrize("codec", [Q4_1, Q5_1, Q2_K, Q4_K, Q5_K], ids=lambd
 WORST = {"Q4_1": 0.12, "Q5_1": 0.06, "Q2_K": 0.5, "Q4_K": 0.12, "Q5_K": 0.06}
 """Largest error of a code in a block of small range, relative to the range."""
 
+HARD = {
+    "sparse": lambda rng, n: n * (rng.random(n.shape) < 0.05),
+    "two values": lambda rng, n: np.sign(n) * 0.04,
+    "three values": lambda rng, n: np.sign(n) * (np.abs(n) > 0.6) * 0.04,
+    "few values": lambda rng, n: np.round(n * 4) / 50,
+    "far below zero": lambda rng, n: n * 0.01 - 1,
+    "shifted blocks": lambda rng, n: n * 0.02 + np.repeat(rng.normal(size=(16, 32)), 32, 1),
+    "scaled blocks": lambda rng, n: n * np.repeat(np.exp(rng.normal(size=(16, 32))), 32, 1),
+    "outlier columns": lambda rng, n: n * np.where(np.arange(1024) % 97, 0.02, 2.0),
+    "very heavy-tailed": lambda rng, n: rng.standard_t(2, n.shape),
+    "below half precision": lambda rng, n: n * 1e-8,
+}
+IMPORTANCES = {
+    "ones": lambda rng: np.ones(1024),
+    "wide": lambda rng: rng.lognormal(0, 3, 1024),
+    "many zero": lambda rng: rng.lognormal(0, 1, 1024) * (rng.random(1024) < 0.7),
+    "few hot": lambda rng: np.where(np.arange(1024) % 64, 1.0, 1e4),
+    "small": lambda rng: rng.lognormal(0, 1, 1024) * 1e-12,
+}
+
 
 def _error(weights: np.ndarray, decoded: np.ndarray, importance: np.ndarray | float = 1.0) -> float:
     return float((importance * (weights.astype(np.float64) - decoded) ** 2).sum())
@@ -190,3 +210,27 @@ def test_channels_that_outweigh_the_rest(codec: type[Codec]) -> None:
     importance[[5, 77, 300]] *= 5000
     theirs = ggml.to_float(codec.name, ggml.quantize_chunk(codec.name, weights, importance))
     assert _error(weights, _decoded(codec, weights, importance), importance) < _error(weights, theirs, importance)
+
+
+@ALL
+@pytest.mark.parametrize("kind", HARD)
+def test_error_is_not_above_libggmls_on_hard_weights(codec: type[Codec], kind: str) -> None:
+    rng = np.random.default_rng(0)
+    weights = HARD[kind](rng, rng.normal(size=(16, 1024))).astype(np.float32)
+    for label, make in IMPORTANCES.items():
+        importance = make(rng).astype(np.float32)
+        theirs = ggml.to_float(codec.name, ggml.quantize_chunk(codec.name, weights, importance))
+        # below this the luck of half-precision rounding decides who is nearer
+        luck = 1e-5 * _error(weights, np.zeros_like(weights), importance)
+        ours = _error(weights, _decoded(codec, weights, importance), importance)
+        assert ours <= _error(weights, theirs, importance) + luck, label
+
+
+@ALL
+def test_outliers_of_little_importance_are_given_up(codec: type[Codec]) -> None:
+    weights = _rows("gauss", 16, 512)
+    matter = np.arange(512) % 16 != 0
+    plain = _error(weights, _decoded(codec, weights))
+    weights[:, ~matter] *= 100
+    importance = np.where(matter, 1.0, 1e-5).astype(np.float32)
+    assert _error(weights, _decoded(codec, weights, importance), matter) < 2 * plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.kernels.floats import f16_to_f32, f32_to_bf16, f32_to_f16
 
 
 class F32(Codec):
@@ -32,12 +33,16 @@ class F16(Codec):
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(weights.astype("<f2")).view(np.uint8)
+        out = np.empty(weights.shape, np.uint16)
+        f32_to_f16(np.ascontiguousarray(weights, np.float32).reshape(-1), out.reshape(-1))
+        return out.view(np.uint8)
 
     @classmethod
     def decode(cls, data: Bytes) -> Floats:
-        return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+        halves = np.ascontiguousarray(data).view(np.uint16)
+        out = np.empty(halves.shape, np.float32)
+        f16_to_f32(halves.reshape(-1), out.reshape(-1))
+        return out
 
 
 class BF16(Codec):
@@ -49,9 +54,9 @@ class BF16(Codec):
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
-        bits = np.ascontiguousarray(weights, "<f4").view("<u4")
-        rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
-        return np.ascontiguousarray((rounded >> 16).astype("<u2")).view(np.uint8)
+        out = np.empty(weights.shape, np.uint16)
+        f32_to_bf16(np.ascontiguousarray(weights, np.float32).view(np.uint32).reshape(-1), out.reshape(-1))
+        return out.view(np.uint8)
 
     @classmethod
     def decode(cls, data: Bytes) -> Floats:

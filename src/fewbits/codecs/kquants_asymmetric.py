@@ -134,7 +134,7 @@ class _SuperBlocks(Blocked):
     most: ClassVar[int]
     """The largest scale and offset."""
     reach: ClassVar[int] = 1
-    rounds: ClassVar[int] = 2
+    rounds: ClassVar[int] = 3
     pack: Any
 
     @classmethod

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from numba import njit
 
 from fewbits.codecs.base import Blocked, Bytes, Floats
-from fewbits.codecs.legacy_symmetric import REFINEMENTS
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
-from fewbits.kernels.symmetric import encode_super_blocks, targets
+from fewbits.kernels.symmetric import CANDIDATES, STEPS, encode_super_blocks
 
 U8 = npt.NDArray[np.uint8]
 
@@ -38,18 +37,20 @@ def _pack_q3_k(codes: U8, integers: npt.NDArray[np.int8], steps: Floats, out: U8
 
 @njit(**EXACT)
 def _decode_q3_k(data: U8, out: Floats) -> None:
+    width = out.shape[1] // 16
     for block in range(data.shape[0]):
-        row = data[block]
+        row, values = data[block], out[block]
         d = get_f16(row, 108)
         for j in range(16):
             low = (np.int32(row[96 + (j & 7)]) >> (j // 8 * 4)) & 15
             high = (np.int32(row[104 + (j & 3)]) >> (2 * (j >> 2))) & 3
             scale = d * np.float32((low | (high << 4)) - 32)
-            for k in range(16):
-                i = 16 * j + k
-                code = (np.int32(row[32 + 32 * (i >> 7) + (i & 31)]) >> (2 * ((i >> 5) & 3))) & 3
-                top = (np.int32(row[i & 31]) >> (i >> 5)) & 1
-                out[block, i] = scale * np.float32(code + 4 * top - 4)
+            mask, codes = 16 * (j & 1), 32 + 32 * (j >> 3) + 16 * (j & 1)
+            bit, shift = np.int32(j >> 1), np.int32(2 * ((j >> 1) & 3))
+            for k in range(width):
+                code = (np.int32(row[codes + k]) >> shift) & 3
+                top = (np.int32(row[mask + k]) >> bit) & 1
+                values[16 * j + k] = scale * np.float32((code | (top << 2)) - 4)
 
 
 @njit(**EXACT)
@@ -72,17 +73,19 @@ def _pack_q6_k(codes: U8, integers: npt.NDArray[np.int8], steps: Floats, out: U8
 
 @njit(**EXACT)
 def _decode_q6_k(data: U8, out: Floats) -> None:
+    width = out.shape[1] // 16
     for block in range(data.shape[0]):
-        row = data[block]
+        row, values = data[block], out[block]
         d = get_f16(row, 208)
         for j in range(16):
             scale = d * np.float32(np.int8(row[192 + j]))
-            for k in range(16):
-                i = 16 * j + k
-                half, quarter = i >> 7, (i >> 5) & 3
-                low = (np.int32(row[64 * half + 32 * (quarter & 1) + (i & 31)]) >> (4 * (quarter >> 1))) & 15
-                high = (np.int32(row[128 + 32 * half + (i & 31)]) >> (2 * quarter)) & 3
-                out[block, i] = scale * np.float32((low | (high << 4)) - 32)
+            half, quarter, part = j >> 3, (j >> 1) & 3, 16 * (j & 1)
+            low_at, high_at = 64 * half + 32 * (quarter & 1) + part, 128 + 32 * half + part
+            low_shift, high_shift = np.int32(4 * (quarter >> 1)), np.int32(2 * quarter)
+            for k in range(width):
+                low = (np.int32(row[low_at + k]) >> low_shift) & 15
+                high = (np.int32(row[high_at + k]) >> high_shift) & 3
+                values[16 * j + k] = scale * np.float32((low | (high << 4)) - 32)
 
 
 class _SuperBlocks(Blocked):
@@ -93,8 +96,8 @@ class _SuperBlocks(Blocked):
     half_levels: ClassVar[int]
     most: ClassVar[int]
     """Block scales run from -most to most - 1."""
-    reach: ClassVar[int]
-    rounds: ClassVar[int]
+    refinements: ClassVar[int]
+    reaches: ClassVar[tuple[int, ...]]
     pack: Any
 
     @classmethod
@@ -104,8 +107,9 @@ class _SuperBlocks(Blocked):
         count, n = flat.size // cls.block, cls.half_levels
         codes, integers = np.empty((count, 16, 16), np.uint8), np.empty((count, 16), np.int8)
         steps = np.empty(count, np.float32)
-        weight, effort = usable_importance(importance, columns), (REFINEMENTS, cls.reach, cls.rounds)
-        encode_super_blocks(flat, weight, n, cls.most, targets(n), *effort, codes, integers, steps)
+        weight, reaches = usable_importance(importance, columns), np.array(cls.reaches)
+        tables = (CANDIDATES[n], cls.refinements, STEPS[n])
+        encode_super_blocks(flat, weight, n, cls.most, *tables, reaches, codes, integers, steps)
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(codes, integers, steps, out)
         return out.reshape(rows, -1)
@@ -116,7 +120,7 @@ class Q3_K(_SuperBlocks):
 
     name = "Q3_K"
     block_bytes = 110
-    half_levels, most, reach, rounds = 4, 32, 1, 2
+    half_levels, most, refinements, reaches = 4, 32, 1, (2, 1)
     pack = staticmethod(_pack_q3_k)
     decoder = staticmethod(_decode_q3_k)
 
@@ -126,6 +130,6 @@ class Q6_K(_SuperBlocks):
 
     name = "Q6_K"
     block_bytes = 210
-    half_levels, most, reach, rounds = 32, 128, 1, 1
+    half_levels, most, refinements, reaches = 32, 128, 0, (12, 1)
     pack = staticmethod(_pack_q6_k)
     decoder = staticmethod(_decode_q6_k)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.kernels.lanes import F16_MAX, FAST, LANES, TINY, lane_rows, load_tile, round_f16
+from fewbits.kernels.lanes import EXACT, F16_MAX, FAST, LANES, TINY, from_f16, lane_rows, load_tile, round_f16, to_f16
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -25,10 +25,16 @@ INLINE = {**FAST, "inline": "always"}
 HUGE = np.float32(1e9)
 """Larger weights are searched as this: no code of these types reaches it, and its square stays in float32."""
 NO_CEILING = np.float32(2e9)
-WORST = np.float32(3e38)
+WORST = np.float32(1e36)
 F16_TINY = np.float32(2.0**-24)
-FLAT = np.float32(1e-5)
+FLAT = np.float32(1e-6)
 """Relative determinant below which all codes of a block count as equal."""
+DOUBT = np.float32(2e-6)
+"""By this part of a block's variance, the rounding of float32 sums, a later candidate must beat a preferred one."""
+PREFERRED = 2
+"""So many of the candidates: those that hold blocks of two and of three evenly spaced values exactly."""
+SHALLOW = np.float32(0.92)
+"""Second start of a super-block's offsets: the deepest is cut to this, or to the mean offset if that is more."""
 WL, WLL, WE, WEL, WEE = range(5)
 """Rows of `sums`: of the codes, their squares, the residuals, residuals times codes, squared residuals."""
 
@@ -53,12 +59,23 @@ _STARTS = {
     ),
 }
 # fmt: on
-CANDIDATES = {n: np.array(pairs, np.float32) + np.array([n, 0], np.float32) for n, pairs in _STARTS.items()}
-"""For each largest code n: [candidates, 2], as `search` takes them.
+_WHOLE = 1e4
+_CUT = ((0.0, 0.0, 1.1), (0.0, 0.0, 1.9), (0.0, 0.0, 2.6))
 
-Chosen greedily out of 400 pairs for the least error on Gaussian, Student-t(3) and real blocks with equal and with
-lognormal importances: within 1.3 % of what all 400 give. Moving only the range, with the lowest weight at code 0,
-leaves 6 % (n of 15 and 31) to 9 % (n of 3) more error however many ranges are tried.
+
+def candidates(n: int) -> F32:
+    """What `search` tries for codes 0..n: [candidates, 3]."""
+    rows = [(0.0, 0.0, _WHOLE), (-1.0, 0.0, _WHOLE), *((*pair, _WHOLE) for pair in _STARTS[n]), *_CUT]
+    return np.array(rows, np.float32) + np.array([n, 0, 0], np.float32)
+
+
+CANDIDATES = {n: candidates(n) for n in _STARTS}
+"""For each largest code n.
+
+_STARTS were chosen greedily out of 400 pairs for the least error on Gaussian, Student-t(3) and real blocks with equal
+and with lognormal importances: within 1.3 % of what all 400 give. Moving only the range, with the lowest weight at
+code 0, leaves 6 % (n of 15 and 31) to 9 % (n of 3) more error however many ranges are tried. _CUT gives up outliers
+that matter little: without it, the rest of such a block falls onto two or three codes.
 """
 REFINEMENTS = 2
 """Rounds of alternating between codes and scales; more gain below 0.1 %."""
@@ -95,10 +112,11 @@ def residuals(xt: F32, wt: F32, inverse: F32, shift: F32, top: np.float32, sums:
 
 @njit(**INLINE)
 def products(xt: F32, wt: F32, inverse: F32, shift: F32, top: np.float32, sums: F32) -> None:
-    """Sum, for 128 blocks, the codes l, their squares and l t, t = x * inverse + shift: rows WL, WLL, WEL of sums.
+    """Sum, for 128 blocks, c = l - shift, c c and c x: rows WL, WLL, WEL of sums.
 
-    With the sums of t and t t, which need no codes, that is all least squares needs; two thirds of the work of
-    `residuals`, but the error comes out as a difference of large numbers: good enough to compare candidates.
+    Codes are l = round(x * inverse + shift) within 0..top. Where the weighted mean of x is zero, that is all least
+    squares needs, for two thirds of the work of `residuals`; the error comes out as a difference, good enough to
+    compare candidates.
     """
     for row in (WL, WLL, WEL):
         for lane in range(LANES):
@@ -106,17 +124,16 @@ def products(xt: F32, wt: F32, inverse: F32, shift: F32, top: np.float32, sums: 
     for i in range(0, xt.shape[0], 4):
         for lane in range(LANES):
             s, z = inverse[lane], shift[lane]
-            t0, t1 = xt[i, lane] * s + z, xt[i + 1, lane] * s + z
-            t2, t3 = xt[i + 2, lane] * s + z, xt[i + 3, lane] * s + z
-            l0 = min(max(np.floor(t0 + HALF), ZERO), top)
-            l1 = min(max(np.floor(t1 + HALF), ZERO), top)
-            l2 = min(max(np.floor(t2 + HALF), ZERO), top)
-            l3 = min(max(np.floor(t3 + HALF), ZERO), top)
+            x0, x1, x2, x3 = xt[i, lane], xt[i + 1, lane], xt[i + 2, lane], xt[i + 3, lane]
+            c0 = min(max(np.floor(x0 * s + z + HALF), ZERO), top) - z
+            c1 = min(max(np.floor(x1 * s + z + HALF), ZERO), top) - z
+            c2 = min(max(np.floor(x2 * s + z + HALF), ZERO), top) - z
+            c3 = min(max(np.floor(x3 * s + z + HALF), ZERO), top) - z
             w0, w1, w2, w3 = wt[i, lane], wt[i + 1, lane], wt[i + 2, lane], wt[i + 3, lane]
-            a0, a1, a2, a3 = w0 * l0, w1 * l1, w2 * l2, w3 * l3
+            a0, a1, a2, a3 = w0 * c0, w1 * c1, w2 * c2, w3 * c3
             sums[WL, lane] += a0 + a1 + a2 + a3
-            sums[WLL, lane] += a0 * l0 + a1 * l1 + a2 * l2 + a3 * l3
-            sums[WEL, lane] += a0 * t0 + a1 * t1 + a2 * t2 + a3 * t3
+            sums[WLL, lane] += a0 * c0 + a1 * c1 + a2 * c2 + a3 * c3
+            sums[WEL, lane] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
 
 
 @njit(**INLINE)
@@ -127,6 +144,7 @@ def search(
     grid: F32,
     ceiling: np.float32,
     total: F32,
+    mean: F32,
     scale: F32,
     low: F32,
     work: F32,
@@ -134,67 +152,78 @@ def search(
     """Find the best scale and offset of each of 128 blocks.
 
     Args:
-        xt, wt: [elements, 128], elements a multiple of 4; xt is clipped to what float32 can square.
+        xt, wt: [elements, 128], elements a multiple of 4; xt is clipped to what float32 can square, and its weighted
+            mean is subtracted, so that a few heavy weights cancel in no sum.
         top: the largest code.
-        grid: [candidates, 2]: the range of a block is tried as so many codes, its lowest weight at such a code.
+        grid: [candidates, 3]: codes that the range of a block spans, code of its lowest weight, and weighted deviations
+            about the mean to which the range is cut.
         ceiling: no offset is above this; zero, or anything beyond HUGE for no limit.
-        total, scale, low: out, [128]; total is the sum of weights.
-        work: [13, 128].
+        total, mean: out, [128]; the sum and the mean of the weights.
+        scale, low: out, [128]; low is the offset less the mean.
+        work: [14, 128].
     """
-    inverse, shift, bottom, extent, error, sums = work[0], work[1], work[2], work[3], work[4], work[5:10]
-    wx, wxx, density = work[10], work[11], work[12]
+    inverse, shift, bottom, peak, error, sums = work[0], work[1], work[2], work[3], work[4], work[5:10]
+    square, spread, roof, unit = work[10], work[11], work[12], work[13]
     for lane in range(LANES):
-        bottom[lane] = ceiling
-        extent[lane] = -HUGE
         total[lane] = ZERO
-        wx[lane] = ZERO
-        wxx[lane] = ZERO
-        scale[lane] = ZERO
-        error[lane] = WORST
+        mean[lane] = ZERO
     for i in range(xt.shape[0]):
         for lane in range(LANES):
             x = min(max(xt[i, lane], -HUGE), HUGE)
             xt[i, lane] = x
-            bottom[lane] = min(bottom[lane], x)
-            extent[lane] = max(extent[lane], x)
+            total[lane] += wt[i, lane]
+            mean[lane] += wt[i, lane] * x
+    for lane in range(LANES):
+        mean[lane] = mean[lane] / total[lane]
+        roof[lane] = ceiling - mean[lane]
+        bottom[lane] = roof[lane]
+        peak[lane] = -HUGE
+        square[lane] = ZERO
     for i in range(xt.shape[0]):
         for lane in range(LANES):
-            x = xt[i, lane] - bottom[lane]
-            total[lane] += wt[i, lane]
-            wx[lane] += wt[i, lane] * x
-            wxx[lane] += wt[i, lane] * x * x
+            x = xt[i, lane] - mean[lane]
+            xt[i, lane] = x
+            bottom[lane] = min(bottom[lane], x)
+            peak[lane] = max(peak[lane], x)
+            square[lane] += wt[i, lane] * x * x
     for lane in range(LANES):
-        size = extent[lane] - bottom[lane]
-        extent[lane] = size
-        density[lane] = ONE / max(size, TINY)
-        density[lane] = density[lane] if size > TINY else ZERO
+        spread[lane] = np.sqrt(square[lane] / total[lane])
         low[lane] = bottom[lane]
+        scale[lane] = ZERO
+        error[lane] = WORST
     for k in range(grid.shape[0]):
-        reach, start = grid[k, 0], grid[k, 1]
-        whole = ONE / reach
+        reach, start, clip = grid[k, 0], grid[k, 1], grid[k, 2]
+        whole, doubt = ONE / reach, DOUBT if k < PREFERRED else ZERO
         for lane in range(LANES):
-            inverse[lane] = reach * density[lane]
-            shift[lane] = start - bottom[lane] * inverse[lane]
+            base = min(max(bottom[lane], -clip * spread[lane]), roof[lane])
+            size = min(peak[lane], clip * spread[lane]) - base
+            s = reach / max(size, TINY)
+            s = s if size > TINY else ZERO
+            unit[lane] = size * whole
+            inverse[lane] = s
+            shift[lane] = start - base * s
         products(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
-            w, wl, wll, wtl = total[lane], sums[WL, lane], sums[WLL, lane], sums[WEL, lane]
-            s, z, unit = inverse[lane], shift[lane], extent[lane] * whole
+            w, wl, wll, wxl = total[lane], sums[WL, lane], sums[WLL, lane], sums[WEL, lane]
+            s, z, m = inverse[lane], shift[lane], roof[lane]
             old, old_scale, old_low = error[lane], scale[lane], low[lane]
-            wt1 = s * wx[lane] + start * w
-            wtt = s * (s * wxx[lane] + TWO * start * wx[lane]) + start * start * w
             determinant, least = w * wll - wl * wl, FLAT * w * wll + TINY
-            b = (wll * wt1 - wl * wtl) / max(determinant, least)
-            b = z if (b - z) * unit > ceiling else b
-            a = (wtl - b * wl) / (wll + TINY)
-            left = (wtt - TWO * (a * wtl + b * wt1 - a * b * wl) + a * a * wll + b * b * w) * unit * unit
-            new_scale, new_low = a * unit, (b - z) * unit
-            better = (s > ZERO) & (determinant > least) & (left < old) & (a > HALF)
-            error[lane] = left if better else old
-            scale[lane] = new_scale if better else old_scale
-            low[lane] = new_low if better else old_low
+            a = w * wxl / max(determinant, least)
+            b = -a * (wl / w + z)
+            left = square[lane] - a * wxl
+            high, wt1 = b > m, wl + z * w  # an offset above the limit becomes the limit, the scale follows
+            r = wxl - m * wt1
+            a = r / (wll + z * (wl + wt1) + TINY) if high else a
+            left = square[lane] + m * m * w - a * r if high else left
+            b = m if high else b
+            sane = (s > ZERO) & (determinant > least) & (a > HALF * unit[lane]) & (a < TWO * unit[lane])
+            better = sane & (left < old)
+            error[lane] = left - doubt * square[lane] if better else old
+            scale[lane] = a if better else old_scale
+            low[lane] = b if better else old_low
     for lane in range(LANES):  # where no candidate was solvable, all weights but negligible ones are one value
-        plain, old_scale = extent[lane] / top, scale[lane]
-        plain = plain if extent[lane] > TINY else ZERO
+        extent, old_scale = peak[lane] - bottom[lane], scale[lane]
+        plain = extent / top if extent > TINY else ZERO
         scale[lane] = plain if old_scale == ZERO else old_scale
         error[lane] = WORST
     for _ in range(REFINEMENTS):
@@ -206,30 +235,81 @@ def search(
         residuals(xt, wt, inverse, shift, top, sums)
         for lane in range(LANES):
             w, wl, wll, we, wel = total[lane], sums[WL, lane], sums[WLL, lane], sums[WE, lane], sums[WEL, lane]
-            s, old, old_low = scale[lane], error[lane], low[lane]
+            s, old, old_low, m = scale[lane], error[lane], low[lane], roof[lane]
             determinant, least = w * wll - wl * wl, FLAT * w * wll + TINY
             b = (wll * we - wl * wel) / max(determinant, least)
             b = b if determinant > least else ZERO
-            b = shift[lane] if old_low + b * s > ceiling else b
+            b = (m - old_low) * inverse[lane] if old_low + b * s > m else b
             a = (wel - b * wl) / (wll + TINY)
             left = (sums[WEE, lane] - TWO * (a * wel + b * we - a * b * wl) + a * a * wll + b * b * w) * s * s
             new_scale, new_low = s * (ONE + a), old_low + b * s
-            better = (inverse[lane] > ZERO) & (left < old) & (a > -HALF)
+            better = (inverse[lane] > ZERO) & (left < old) & (a > -HALF) & (a < ONE)
             error[lane] = left if better else old
             scale[lane] = new_scale if better else s
             low[lane] = new_low if better else old_low
 
 
 @njit(**INLINE)
-def round_codes(xt: F32, scale: F32, low: F32, top: np.float32, work: F32, codes: U8) -> None:
+def round_codes(xt: F32, mean: F32, scale: F32, low: F32, top: np.float32, work: F32, codes: U8) -> None:
     """The codes for scales and offsets that are settled: codes [elements, 128]."""
-    inverse = work[0]
+    inverse, gap = work[0], work[1]
     for lane in range(LANES):
+        gap[lane] = mean[lane] - low[lane]
         inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
     for i in range(xt.shape[0]):
         for lane in range(LANES):
-            t = (xt[i, lane] - low[lane]) * inverse[lane]
+            t = (xt[i, lane] + gap[lane]) * inverse[lane]
             codes[i, lane] = np.uint8(np.int32(min(max(t + HALF, ZERO), top)))
+
+
+@njit(**EXACT)
+def next_f16(value: np.float32, step: int) -> np.float32:
+    """The half so many places from this half, away from zero for positive steps; itself at the ends."""
+    bits = np.int32(to_f16(value))
+    magnitude = (bits & 0x7FFF) + step
+    if magnitude < 0 or magnitude > 0x7BFF:
+        return value
+    return from_f16(np.uint16((bits & 0x8000) | magnitude))
+
+
+@njit(**INLINE)
+def settle(xt: F32, wt: F32, mean: F32, scale: F32, low: F32, top: np.float32, work: F32) -> None:
+    """Round to half precision: the offset to the nearest or a neighbour, the scale so that it fits with that.
+
+    Afterwards low is the offset itself.
+    """
+    inverse, shift, nearest, step, error, sums, point = (
+        work[0],
+        work[1],
+        work[2],
+        work[3],
+        work[4],
+        work[5:10],
+        work[10],
+    )
+    for lane in range(LANES):
+        offset = mean[lane] + low[lane]
+        nearest[lane] = round_f16(offset)
+        # a scale below this could not make up for the rounding of the offset
+        step[lane] = max(scale[lane], abs(offset) * np.float32(2.0**-11) / top, F16_TINY)
+        inverse[lane] = ONE / step[lane]
+        error[lane] = WORST
+    for k in (0, 1, -1):
+        for lane in range(LANES):
+            point[lane] = next_f16(nearest[lane], k)
+            shift[lane] = (mean[lane] - point[lane]) * inverse[lane]
+        residuals(xt, wt, inverse, shift, top, sums)
+        for lane in range(LANES):
+            wll, wel, wee, s = sums[WLL, lane], sums[WEL, lane], sums[WEE, lane], step[lane]
+            old, old_scale, old_low = error[lane], scale[lane], low[lane]
+            fitted = round_f16(s + s * wel / (wll + TINY))
+            fitted = fitted if wll > ZERO else ZERO
+            a = fitted * inverse[lane] - ONE
+            left = wee - TWO * a * wel + a * a * wll
+            better = left < old
+            error[lane] = left if better else old
+            scale[lane] = fitted if better else old_scale
+            low[lane] = point[lane] if better else old_low
 
 
 @njit(**FAST)
@@ -248,15 +328,13 @@ def encode_blocks(x: F32, importance: F32, n: int, grid: F32, codes: U8, scale: 
     top = np.float32(n)
     xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, lanes = lane_rows(13), lane_rows(3)
-    total, scales, lows = lanes[0], lanes[1], lanes[2]
+    work, lanes = lane_rows(14), lane_rows(4)
+    total, mean, scales, lows = lanes[0], lanes[1], lanes[2], lanes[3]
     for first in range(0, count, LANES):
         load_tile(x, importance, first, count, xt, wt)
-        search(xt, wt, top, grid, NO_CEILING, total, scales, lows, work)
-        for lane in range(LANES):
-            scales[lane] = round_f16(scales[lane])
-            lows[lane] = round_f16(lows[lane])
-        round_codes(xt, scales, lows, top, work, tile)
+        search(xt, wt, top, grid, NO_CEILING, total, mean, scales, lows, work)
+        settle(xt, wt, mean, scales, lows, top, work)
+        round_codes(xt, mean, scales, lows, top, work, tile)
         for lane in range(min(LANES, count - first)):
             scale[first + lane] = scales[lane]
             low[first + lane] = lows[lane]
@@ -271,10 +349,29 @@ def half_step(largest: np.float32, most: np.float32) -> np.float32:
 
 
 @njit(**INLINE)
+def start_steps(mean: F32, scale: F32, low: F32, most: np.float32, blocks: int, shallow: bool, steps: F32) -> None:
+    """Steps that just reach the largest scale and the deepest offset of each super-block; shallow: the mean offset."""
+    for lane0 in range(0, LANES, blocks):
+        largest, deepest, together = ZERO, ZERO, ZERO
+        for lane in range(lane0, lane0 + blocks):
+            offset = max(-mean[lane] - low[lane], ZERO)
+            largest = max(largest, scale[lane])
+            deepest = max(deepest, offset)
+            together += offset
+        if shallow:
+            deepest = max(SHALLOW * deepest, together / np.float32(blocks))
+        d, m = half_step(largest, most), half_step(deepest, most)
+        for lane in range(lane0, lane0 + blocks):
+            steps[0, lane] = d
+            steps[1, lane] = m
+
+
+@njit(**INLINE)
 def choose_integers(
     xt: F32,
     wt: F32,
     total: F32,
+    mean: F32,
     scale: F32,
     low: F32,
     top: np.float32,
@@ -301,9 +398,9 @@ def choose_integers(
             w, we, wee, p, m = total[lane], sums[WE, lane], sums[WEE, lane], whole[lane], steps[1, lane]
             old, old_p, old_q = error[lane], pair[0, lane], pair[1, lane]
             s = steps[0, lane] * p
-            q = min(max(np.floor(HALF - (low[lane] + s * we / w) / max(m, TINY)), ZERO), most)
+            q = min(max(np.floor(HALF - (mean[lane] + low[lane] + s * we / w) / max(m, TINY)), ZERO), most)
             q = q if m > ZERO else ZERO
-            b = (-q * m - low[lane]) * inverse[lane]
+            b = (-q * m - mean[lane] - low[lane]) * inverse[lane]
             left = (wee - TWO * b * we + b * b * w) * s * s
             better = (left < old) | first
             error[lane] = left if better else old
@@ -312,13 +409,13 @@ def choose_integers(
 
 
 @njit(**INLINE)
-def measure(xt: F32, wt: F32, top: np.float32, steps: F32, pair: F32, error: F32, work: F32) -> None:
+def measure(xt: F32, wt: F32, mean: F32, top: np.float32, steps: F32, pair: F32, error: F32, work: F32) -> None:
     """Errors of the lanes with codes rounded for these steps and integers; work[5:10] keeps the sums."""
     inverse, shift = work[0], work[1]
     for lane in range(LANES):
         s = steps[0, lane] * pair[0, lane]
         inverse[lane] = ONE / max(s, TINY) if s > ZERO else ZERO
-        shift[lane] = steps[1, lane] * pair[1, lane] * inverse[lane]
+        shift[lane] = (steps[1, lane] * pair[1, lane] + mean[lane]) * inverse[lane]
     residuals(xt, wt, inverse, shift, top, work[5:10])
     for lane in range(LANES):
         s = steps[0, lane] * pair[0, lane]
@@ -326,9 +423,8 @@ def measure(xt: F32, wt: F32, top: np.float32, steps: F32, pair: F32, error: F32
 
 
 @njit(**INLINE)
-def refit_steps(total: F32, blocks: int, steps: F32, pair: F32, work: F32, other: F32) -> None:
+def refit_steps(total: F32, blocks: int, steps: F32, pair: F32, sums: F32, other: F32) -> None:
     """The two steps of each super-block with the least error for the codes that `measure` saw."""
-    sums = work[5:10]
     for lane0 in range(0, LANES, blocks):
         aa, ab, bb, ra, rb = ZERO, ZERO, ZERO, ZERO, ZERO
         d, m = steps[0, lane0], steps[1, lane0]
@@ -375,9 +471,9 @@ def encode_super_blocks(
         importance: [columns].
         n: codes run from 0 to n.
         most: integers run from 0 to this.
-        grid, refinements: see `search`.
+        grid: CANDIDATES[n].
         reach: how far from the nearest integer other block scales are tried.
-        rounds: how often the steps are fitted to the codes and the integers chosen anew.
+        rounds: how often the steps are fitted to the codes; the integers are chosen anew but for the last.
         codes: out, [super-blocks, blocks, elements].
         integers: out, [super-blocks, 2, blocks].
         steps: out, [super-blocks, 2], representable in half precision.
@@ -387,49 +483,43 @@ def encode_super_blocks(
     top, last = np.float32(n), np.float32(most)
     xt, wt = lane_rows(elements), lane_rows(elements)
     tile = np.empty((elements, LANES), np.uint8)
-    work, lanes = lane_rows(13), lane_rows(5)
-    total, scale, low, error, other_error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
-    best, pair = lane_rows(2), lane_rows(2)
+    work, lanes = lane_rows(14), lane_rows(6)
+    total, mean, scale, low, error, other_error = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
+    best, pair, sums = lane_rows(2), lane_rows(2), lane_rows(5)
     other, other_pair = lane_rows(2), lane_rows(2)
     for first in range(0, count, per_tile):
         load_tile(x, importance, first * blocks, count * blocks, xt, wt)
-        search(xt, wt, top, grid, ZERO, total, scale, low, work)
-        for lane0 in range(0, LANES, blocks):
-            largest, deepest = ZERO, ZERO
-            for lane in range(lane0, lane0 + blocks):
-                largest = max(largest, scale[lane])
-                deepest = max(deepest, -low[lane])
-            d, m = half_step(largest, last), half_step(deepest, last)
-            for lane in range(lane0, lane0 + blocks):
-                best[0, lane] = d
-                best[1, lane] = m
-        choose_integers(xt, wt, total, scale, low, top, last, reach, best, pair, work)
-        measure(xt, wt, top, best, pair, error, work)
-        for k in range(rounds):
-            refit_steps(total, blocks, best, pair, work, other)
-            if k < rounds - 1:
-                choose_integers(xt, wt, total, scale, low, top, last, reach, other, other_pair, work)
+        search(xt, wt, top, grid, ZERO, total, mean, scale, low, work)
+        for lane in range(LANES):
+            error[lane] = WORST
+        for k in range(2 + rounds):
+            if k < 2:
+                start_steps(mean, scale, low, last, blocks, k == 1, other)
+            else:
+                refit_steps(total, blocks, best, pair, sums, other)
+            if k < 1 + rounds:
+                choose_integers(xt, wt, total, mean, scale, low, top, last, reach, other, other_pair, work)
             else:
                 for lane in range(LANES):
                     other_pair[0, lane] = pair[0, lane]
                     other_pair[1, lane] = pair[1, lane]
-            measure(xt, wt, top, other, other_pair, other_error, work)
+            measure(xt, wt, mean, top, other, other_pair, other_error, work)
             for lane0 in range(0, LANES, blocks):
                 gain = ZERO
                 for lane in range(lane0, lane0 + blocks):
                     gain += error[lane] - other_error[lane]
-                if gain > ZERO and best[0, lane0] > ZERO:
+                if gain > ZERO:
                     for lane in range(lane0, lane0 + blocks):
                         error[lane] = other_error[lane]
                         for row in range(2):
                             best[row, lane] = other[row, lane]
                             pair[row, lane] = other_pair[row, lane]
-            if k < rounds - 1:
-                measure(xt, wt, top, best, pair, error, work)
+                        for row in range(5):
+                            sums[row, lane] = work[5 + row, lane]
         for lane in range(LANES):
             scale[lane] = best[0, lane] * pair[0, lane]
             low[lane] = -best[1, lane] * pair[1, lane]
-        round_codes(xt, scale, low, top, work, tile)
+        round_codes(xt, mean, scale, low, top, work, tile)
         for s in range(min(per_tile, count - first)):
             for row in range(2):
                 steps[first + s, row] = best[row, s * blocks]

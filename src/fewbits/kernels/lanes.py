@@ -15,9 +15,14 @@ LANES = 128
 STRIDE = 144
 FAST = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
+INLINE = {**FAST, "inline": "always"}
+"""Inlined, arrays are known not to overlap and loops over lanes become vector code: twice as fast."""
 TINY = np.float32(1e-30)
 """Blocks whose range is below this are stored as constants: its inverse would leave float32."""
 F16_MAX = np.float32(65504.0)
+F16_NORMAL = np.float32(2.0**-14)
+HUGE = np.float32(1e9)
+"""Larger weights are searched as this: no code reaches it, and its square stays in float32."""
 
 
 def usable_importance(importance: npt.NDArray[np.float32] | None, columns: int) -> npt.NDArray[np.float32]:
@@ -56,16 +61,33 @@ def load_tile(
     xt: npt.NDArray[np.float32],
     wt: npt.NDArray[np.float32],
 ) -> None:
-    """Gather blocks first..first+127 of flat x (row-major [rows, columns]) into xt, wt [elements, lanes]."""
+    """Gather blocks first..first+127 of flat x (row-major [rows, columns]) into xt, wt [elements, lanes].
+
+    wt must be what the call for the tile before left in it: it is not written again where it would not change.
+    """
     elements = xt.shape[0]
     per_row = importance.size // elements
-    for lane in range(LANES):
-        block = min(first + lane, count - 1)
-        start = block * elements
-        column = (block % per_row) * elements
+    if first + LANES <= count:
+        blocks = x[first * elements : (first + LANES) * elements].reshape(LANES, elements)
         for i in range(elements):
-            xt[i, lane] = x[start + i]
-            wt[i, lane] = importance[column + i]
+            for lane in range(LANES):
+                xt[i, lane] = min(max(blocks[lane, i], -HUGE), HUGE)
+    else:
+        for lane in range(LANES):
+            start = min(first + lane, count - 1) * elements
+            for i in range(elements):
+                xt[i, lane] = min(max(x[start + i], -HUGE), HUGE)
+    if first > 0 and LANES % per_row == 0:
+        return
+    lane = 0
+    while lane < LANES:
+        column = (first + lane) % per_row
+        run = min(per_row - column, LANES - lane)
+        parts = importance[column * elements : (column + run) * elements].reshape(run, elements)
+        for i in range(elements):
+            for k in range(run):
+                wt[i, lane + k] = parts[k, i]
+        lane += run
 
 
 @njit(**EXACT)
@@ -102,6 +124,21 @@ def from_f16(bits: np.uint16) -> np.float32:
 @njit(**EXACT)
 def round_f16(value: np.float32) -> np.float32:
     return from_f16(to_f16(value))
+
+
+@njit(**EXACT)
+def round_f16_lanes(values: npt.NDArray[np.float32], bits: npt.NDArray[np.int32]) -> None:
+    """`round_f16` for many at once, in place, without branches; bits: work, as long as values."""
+    whole, rounded = values.view(np.int32), bits.view(np.float32)
+    for lane in range(values.size):
+        b = whole[lane]
+        m = min(b & np.int32(0x7FFFFFFF), np.int32(0x477FE000))
+        m = (m + np.int32(0xFFF) + ((m >> np.int32(13)) & np.int32(1))) & np.int32(~0x1FFF)
+        bits[lane] = m | (b & np.int32(-0x80000000))
+    for lane in range(values.size):
+        v, r = values[lane], rounded[lane]
+        small = np.rint(v * np.float32(2.0**24)) * np.float32(2.0**-24)
+        values[lane] = small if abs(v) < F16_NORMAL else r
 
 
 @njit(**EXACT)
