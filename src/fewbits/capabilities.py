@@ -77,7 +77,7 @@ def capabilities() -> Capabilities:
                 makeable=codec.makeable,
                 weighted=codec.weighted,
             )
-            for codec in CODECS.values()
+            for codec in sorted(CODECS.values(), key=lambda c: (c.bits_per_weight(), c.name))
         ],
         methods=[MethodRow(name=method.name, summary=method.summary) for method in METHODS.values()],
         architectures=[
