@@ -11,6 +11,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .
+	# checks the installation and compiles the kernels, which takes half a minute once
+	$(BIN)/fewbits doctor
 	touch $@
 
 # the real engine; it is compiled, which takes about five minutes on two cores
