@@ -174,3 +174,20 @@ def test_an_output_that_exists_is_kept(tmp_path: Path, model: Path) -> None:
     assert output.read_text() == "precious"
     assert fewbits("quantize", model, "Q8_0", "-o", output, "--overwrite").returncode == 0
     assert output.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM while the file is being written: the partial file goes, too."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from fewbits.cli import main; import fewbits.api as api\n"
+        "import fewbits.formats.gguf.writer as w\n"
+        "plain = w.AtomicFile.write\n"
+        "def write(self, data):\n"
+        "    plain(self, data); assert self.partial.exists(); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "w.AtomicFile.write = write\n"
+        f"sys.argv = ['fewbits', 'quantize', {str(MODEL)!r}, 'Q8_0', '-o', {str(tmp_path / 'x.gguf')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert list(tmp_path.iterdir()) == []
