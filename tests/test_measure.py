@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from fewbits.checkpoint import open_model
 from fewbits.errors import FewbitsError
-from fewbits.measure import MeasureReport, forward, measure, metrics
-from fewbits.measure.forward import StreamedModel, load_whole
-from fewbits.measure.windows import RULERS, cut, encode, get_ruler
+from fewbits.forward import streamed as forward
+from fewbits.forward.streamed import StreamedModel, load_whole
+from fewbits.forward.text import encode
+from fewbits.measure import MeasureReport, measure, metrics
+from fewbits.measure.windows import RULERS, cut, get_ruler
 from tiny_models import TINY, VOCAB, save_tiny, tiny_tokenizer
 
 WORDS = ["the", "and", "other", "in", "winter", "banner", "hand", "tin", "θ", "inner"]

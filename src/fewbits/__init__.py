@@ -10,6 +10,7 @@ from fewbits.version import __version__
 
 if TYPE_CHECKING:
     from fewbits.api import inspect, open, plan, quantize
+    from fewbits.calibration.run import calibrate
     from fewbits.capabilities import capabilities
     from fewbits.doctor import doctor
     from fewbits.generate import generate as run
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FewbitsError",
     "__version__",
+    "calibrate",
     "capabilities",
     "doctor",
     "inspect",
@@ -31,6 +33,7 @@ __all__ = [
 # torch and transformers take seconds to import: a verb pays only for what it uses
 _VERBS = {
     **{name: ("fewbits.api", name) for name in ("inspect", "open", "plan", "quantize")},
+    "calibrate": ("fewbits.calibration.run", "calibrate"),
     "capabilities": ("fewbits.capabilities", "capabilities"),
     "doctor": ("fewbits.doctor", "doctor"),
     "measure": ("fewbits.measure", "measure"),

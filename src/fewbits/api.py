@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,22 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
-from fewbits.formats.gguf.source import gguf_source
+from fewbits.formats.gguf.source import GGUFSource, gguf_source
 from fewbits.plan import MixtureOptions, Plan
-from fewbits.quantize import PlanRequest, QuantizeReport, execute, make_plan
-from fewbits.quantize.execute import Progress
+from fewbits.quantize import (
+    PlanRequest,
+    QuantizeReport,
+    check,
+    default_output,
+    execute,
+    importances_of,
+    make_plan,
+    statistics_for,
+    with_provenance,
+)
+from fewbits.quantize.importances import Importances, Progress
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
 
@@ -113,6 +126,8 @@ def plan(
     split_max_size: int | None = None,
     edited: str | Path | None = None,
     pre_tokenizer: str | None = None,
+    calibration: Sequence[str | Path] = (),
+    calibration_chunks: int | None = None,
 ) -> Plan:
     """What `quantize` would make, to the byte, from headers alone.
 
@@ -123,19 +138,32 @@ def plan(
         split_max_size: most bytes of tensor data in one file.
         edited: a plan saved as JSON and changed by hand, to be checked against the model.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer where it is not recognized.
+        calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.statistics_for`.
+        calibration_chunks: most windows of texts.
 
     Raises:
         FewbitsError: anything that would keep `quantize` from making the files.
     """
     prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
-    request = PlanRequest(
-        target,
-        mixture or MixtureOptions(),
-        split_max_size,
-        Path(output) if output else None,
-        Path(edited) if edited else None,
-    )
-    return make_plan(prepared, request)
+    final = Path(output) if output else None
+    request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
+    if not calibration:
+        return make_plan(prepared, request)
+    final = final or default_output(prepared.path, target)
+    statistics, file = statistics_for(source, [Path(c) for c in calibration], final, calibration_chunks, run=False)
+    return _calibrated(prepared, request, statistics, file)[1]
+
+
+def _calibrated(
+    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path
+) -> tuple[GGUFSource, Plan, Importances]:
+    """What `execute` needs, with statistics; where those are only promised, no importances."""
+    source = with_provenance(source, statistics, file)
+    made = make_plan(source, replace(request, mixture=replace(request.mixture, has_imatrix=True)))
+    if not statistics.tensors:
+        return source, made, {}
+    importances, notes = importances_of(made, statistics, file)
+    return source, made.model_copy(update={"notes": [*made.notes, *notes]}), importances
 
 
 def quantize(
@@ -150,8 +178,12 @@ def quantize(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    calibration: Sequence[str | Path] = (),
+    calibration_chunks: int | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs. Arguments as for `plan` and `fewbits.quantize.execute`.
+
+    Texts as `calibration` are run through the model first; what comes out is kept as `<output>.imatrix.gguf`.
 
     Raises:
         FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
@@ -159,4 +191,13 @@ def quantize(
     prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
     final = Path(output)
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
-    return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
+    if not calibration:
+        return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
+    paths = [Path(c) for c in calibration]
+    # whatever would refuse the result should do so before hours of calibration
+    promised, file = statistics_for(source, paths, final, calibration_chunks, run=False)
+    checked, made, _ = _calibrated(prepared, request, promised, file)
+    check(made, checked, final, overwrite)
+    statistics, file = statistics_for(source, paths, final, calibration_chunks, threads, overwrite, progress)
+    prepared, made, importances = _calibrated(prepared, request, statistics, file)
+    return execute(made, prepared, final, threads, overwrite, progress, importances)

@@ -122,7 +122,7 @@ def _in_transformers(
     import torch
     from transformers import TextStreamer
 
-    from fewbits.measure.forward import load_whole
+    from fewbits.forward.streamed import load_whole
 
     class Clock(TextStreamer):
         """Notes when the first new token came, so that the prompt does not count."""

@@ -10,7 +10,7 @@ import typer
 from fewbits import api
 from fewbits.cli import options as o
 from fewbits.cli.output import parse_size, progress_bar
-from fewbits.cli.quantize import default_output, show
+from fewbits.cli.quantize import output_beside, show
 from fewbits.errors import FewbitsError
 
 NAME = "convert"
@@ -41,7 +41,7 @@ def command(
         report = api.quantize(
             model,
             target.upper(),
-            output or default_output(model, target),
+            output or output_beside(model, target),
             split_max_size=parse_size(split_max_size) if split_max_size else None,
             pre_tokenizer=pre_tokenizer,
             threads=threads,

@@ -40,6 +40,18 @@ PreTokenizer = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's pre-tokenizer, if not recognized.")
 ]
 
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Statistics of `calibrate` or llama-imatrix, or a text to make them of; may be repeated.",
+    ),
+]
+CalibrationChunks = Annotated[
+    int | None, typer.Option("--calibration-chunks", min=1, help="Most windows of 512 tokens to run of texts.")
+]
+
 
 def mixture_options(
     tensor_types: list[str] | None,

@@ -24,6 +24,14 @@ def talk(text: str) -> None:
     stderr.print(text, markup=False)
 
 
+def talk_note(note: str) -> None:
+    """A note of a plan or report; what begins with WARNING stands out."""
+    if note.startswith("WARNING"):
+        stderr.print(note, style="bold red", markup=False)
+    else:
+        talk(f"note: {note}")
+
+
 def emit_json(value: BaseModel) -> None:
     sys.stdout.write(value.model_dump_json(indent=2) + "\n")
 

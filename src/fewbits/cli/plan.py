@@ -9,7 +9,7 @@ import typer
 
 from fewbits import api
 from fewbits.cli import options as o
-from fewbits.cli.output import emit_json, megabytes, parse_size, stdout, table, talk
+from fewbits.cli.output import emit_json, megabytes, parse_size, stdout, table, talk, talk_note
 from fewbits.plan import Plan
 
 NAME = "plan"
@@ -30,6 +30,8 @@ def command(
     split_max_size: o.SplitMaxSize = None,
     plan: o.EditedPlan = None,
     pre_tokenizer: o.PreTokenizer = None,
+    calibration: o.Calibration = None,
+    calibration_chunks: o.CalibrationChunks = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row for every tensor.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -46,6 +48,8 @@ def command(
         split_max_size=parse_size(split_max_size) if split_max_size else None,
         edited=plan,
         pre_tokenizer=pre_tokenizer,
+        calibration=calibration or (),
+        calibration_chunks=calibration_chunks,
     )
     if output is not None:
         made.save(output)
@@ -55,7 +59,7 @@ def command(
 
 def show(made: Plan, json: bool, tensors: bool = False) -> None:
     for note in made.notes:
-        talk(f"note: {note}")
+        talk_note(note)
     if json:
         emit_json(made)
         return

@@ -10,8 +10,8 @@ import typer
 from fewbits import api
 from fewbits.cli import options as o
 from fewbits.cli import plan as plan_verb
-from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, talk
-from fewbits.quantize import QuantizeReport
+from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, talk, talk_note
+from fewbits.quantize import QuantizeReport, default_output
 
 NAME = "quantize"
 
@@ -29,6 +29,8 @@ def command(
     split_max_size: o.SplitMaxSize = None,
     plan: o.EditedPlan = None,
     pre_tokenizer: o.PreTokenizer = None,
+    calibration: o.Calibration = None,
+    calibration_chunks: o.CalibrationChunks = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -51,10 +53,12 @@ def command(
             split_max_size=split,
             edited=plan,
             pre_tokenizer=pre_tokenizer,
+            calibration=calibration or (),
+            calibration_chunks=calibration_chunks,
         )
         plan_verb.show(made, json)
         return
-    output = output or default_output(model, target)
+    output = output or output_beside(model, target)
     with progress_bar() as progress:
         report = api.quantize(
             model,
@@ -64,6 +68,8 @@ def command(
             split_max_size=split,
             edited=plan,
             pre_tokenizer=pre_tokenizer,
+            calibration=calibration or (),
+            calibration_chunks=calibration_chunks,
             threads=threads,
             overwrite=overwrite,
             progress=progress,
@@ -71,16 +77,14 @@ def command(
     show(report, json)
 
 
-def default_output(model: str, target: str) -> Path:
-    """`<model name>-<TARGET>.gguf` in the current folder."""
-    path = Path(model)
-    name = path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else model.split("/")[-1]
-    return Path(f"{name}-{target.upper()}.gguf")
+def output_beside(model: str, target: str) -> Path:
+    """The default output; of a hub id the last part is the name."""
+    return default_output(Path(model if Path(model).exists() else model.split("/")[-1]), target)
 
 
 def show(report: QuantizeReport, json: bool) -> None:
     for note in report.notes:
-        talk(f"note: {note}")
+        talk_note(note)
     if json:
         emit_json(report)
         return

@@ -7,6 +7,7 @@ from fewbits.codecs import (
     kquants_symmetric,
     legacy_asymmetric,
     legacy_symmetric,
+    nonuniform,
 )
 from fewbits.codecs.base import CODECS, Bytes, Codec, Floats, codec
 
@@ -22,4 +23,5 @@ __all__ = [
     "kquants_symmetric",
     "legacy_asymmetric",
     "legacy_symmetric",
+    "nonuniform",
 ]

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewbits.calibration.statistics import DATASET_KEY, text_mark
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_model
 from fewbits.errors import FewbitsError
-from fewbits.measure.forward import Progress, StreamedModel, torch_threads
+from fewbits.forward.identity import fingerprint
+from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
+from fewbits.forward.text import Text, encode, read_text
 from fewbits.measure.llama_cpp_engine import LlamaCppLogits, engine_version
 from fewbits.measure.metrics import Comparison, LogitSource, StateLogits, compare, perplexity, score
-from fewbits.measure.reference import ReferenceStore, default_cache, fingerprint
+from fewbits.measure.reference import ReferenceStore, default_cache
 from fewbits.measure.report import MeasureReport, RulerUsed, TextUsed, TokenizerUsed
-from fewbits.measure.windows import Text, Windows, cut, encode, get_ruler, read_text
+from fewbits.measure.windows import Windows, cut, get_ruler
 from fewbits.version import __version__
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def measure(
     measured = open_model(model)
     if engine == "llama.cpp" and not isinstance(measured.checkpoint, GGUFCheckpoint):
         raise FewbitsError(f"{measured.path}: llama.cpp runs GGUF files only.", "Quantize it first, or use torch.")
+    _refuse_calibration_text(measured, passage)
     base = open_model(reference) if reference is not None else None
     owner = base or measured
     clock = _Clock()
@@ -204,6 +208,17 @@ def _same_tokenizer(tokenizer: PreTrainedTokenizerFast, measured: Model, text: T
         return encode(measured.tokenizer(), beginning) == encode(tokenizer, beginning)
     except FewbitsError:
         return None
+
+
+def _refuse_calibration_text(measured: Model, passage: Text) -> None:
+    """What a file was calibrated on flatters it."""
+    if not isinstance(measured.checkpoint, GGUFCheckpoint):
+        return
+    dataset = measured.checkpoint.metadata.get(DATASET_KEY, "")
+    if text_mark(passage.sha256) in str(dataset).split():
+        raise FewbitsError(
+            f"{measured.path}: was calibrated on {passage.path}, which flatters it.", "Measure it on another text."
+        )
 
 
 def _check_fit(

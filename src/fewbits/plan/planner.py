@@ -195,4 +195,7 @@ def _imatrix_notes(planned: Sequence[PlannedTensor], preset: str, options: Mixtu
     if not hit:
         return []
     kinds = ", ".join(sorted({t.codec for t in hit}))
-    return [f"{len(hit)} tensors get a type ({kinds}) that is poor without an importance matrix."]
+    return [
+        f"WARNING: {len(hit)} tensors get a type ({kinds}) for which llama-quantize refuses to go without an importance "
+        "matrix: all columns weigh the same, and the loss will be much larger. Pass --calibration TEXT."
+    ]

@@ -19,9 +19,10 @@ from fewbits.codecs import codec
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output, check_room
 from fewbits.formats.gguf.source import GGUFSource
-from fewbits.formats.gguf.writer import write_shards
+from fewbits.formats.gguf.writer import Shard, write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
+from fewbits.quantize.importances import Importances, Progress
 from fewbits.quantize.planning import refuse_unmakeable, shards_of
 
 try:
@@ -31,9 +32,6 @@ except ImportError:  # Windows
 
 SLAB_WEIGHTS = 1 << 21
 """Weights in a slab: 8 MB as float32, small enough for a bound on memory and large enough to drown the overheads."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes written, bytes in all and the tensor at hand."""
 
 
 class QuantizeReport(BaseModel):
@@ -52,6 +50,20 @@ class QuantizeReport(BaseModel):
     peak_memory: int
 
 
+def check(plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False) -> list[Shard]:
+    """The files of a plan, once nothing is known that would keep them from being made.
+
+    Raises:
+        FewbitsError: the output exists, the disk is full, a type cannot be made yet.
+    """
+    refuse_unmakeable(plan)
+    shards = shards_of(plan, source.metadata, output)
+    for shard in shards:
+        check_output(shard.path, overwrite)
+    check_room(output, sum(shard.nbytes for shard in shards))
+    return shards
+
+
 def execute(
     plan: Plan,
     source: GGUFSource,
@@ -59,24 +71,24 @@ def execute(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    importances: Importances | None = None,
 ) -> QuantizeReport:
     """Make the files of a plan.
 
     Args:
+        importances: by tensor name, float32 [experts, columns] weights of the columns' squared errors; a tensor
+            without gets ones.
+        progress: called with bytes written, bytes in all and the tensor at hand.
         threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite, a type cannot be made yet.
     """
     started = time.monotonic()
-    refuse_unmakeable(plan)
-    shards = shards_of(plan, source.metadata, output)
-    for shard in shards:
-        check_output(shard.path, overwrite)
-    check_room(output, sum(shard.nbytes for shard in shards))
+    shards = check(plan, source, output, overwrite)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
         try:
-            write_shards(shards, _pieces(plan, source, pool, progress), overwrite)
+            write_shards(shards, _pieces(plan, source, pool, progress, importances or {}), overwrite)
         finally:
             pool.shutdown(cancel_futures=True)
     return QuantizeReport(
@@ -106,10 +118,14 @@ def _peak_memory() -> int:
 
 
 def _pieces(
-    plan: Plan, source: GGUFSource, pool: ThreadPoolExecutor, progress: Progress | None
+    plan: Plan,
+    source: GGUFSource,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+    importances: Importances,
 ) -> Iterator[Iterable[memoryview]]:
     """Each tensor's bytes in pieces. A few slabs are ahead of the writer, across tensor borders, never more."""
-    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source))
+    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source, importances.get(tensor.name)))
     ahead: deque[tuple[PlannedTensor, Future[npt.NDArray[np.uint8]]]] = deque()
     lookahead = 2 * pool._max_workers
     total, done = sum(tensor.nbytes for tensor in plan.tensors), 0
@@ -133,15 +149,21 @@ def _pieces(
         yield of(tensor)
 
 
-def _jobs(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
+def _jobs(
+    tensor: PlannedTensor, source: GGUFSource, importance: npt.NDArray[np.float32] | None
+) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
     columns = tensor.shape[-1] if tensor.shape else 1
     lines = prod(tensor.shape[:-1])
     if tensor.method == "copy" and tensor.name in source.stored:
         yield from _copies(tensor, source)
         return
     step = max(1, SLAB_WEIGHTS // max(1, columns))
-    for start in range(0, lines, step):
-        yield partial(_encode, tensor, source, start, min(start + step, lines))
+    experts = [None] if importance is None else importance
+    each = lines // len(experts)
+    for expert, columns_of in enumerate(experts):
+        for start in range(expert * each, (expert + 1) * each, step):
+            stop = min(start + step, (expert + 1) * each)
+            yield partial(_encode, tensor, source, start, stop, columns_of)
 
 
 def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
@@ -149,7 +171,9 @@ def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], 
         yield partial(source.stored[tensor.name], start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes))
 
 
-def _encode(tensor: PlannedTensor, source: GGUFSource, start: int, stop: int) -> npt.NDArray[np.uint8]:
+def _encode(
+    tensor: PlannedTensor, source: GGUFSource, start: int, stop: int, importance: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.uint8]:
     weights = np.ascontiguousarray(source.read[tensor.name](start, stop).reshape(stop - start, -1), np.float32)
     # min and max carry any NaN along and allocate nothing
     if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
@@ -160,4 +184,4 @@ def _encode(tensor: PlannedTensor, source: GGUFSource, start: int, stop: int) ->
         )
     # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
     chosen = method("convert" if tensor.method == "copy" else tensor.method)
-    return chosen.quantize(weights, codec(tensor.codec))
+    return chosen.quantize(weights, codec(tensor.codec), importance)

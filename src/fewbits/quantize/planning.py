@@ -60,10 +60,15 @@ def make_plan(source: GGUFSource, request: PlanRequest) -> Plan:
     if request.edited is not None:
         plan = apply_edits(plan, Plan.load(request.edited))
     plan = plan.model_copy(update={"notes": [*source.notes, *plan.notes, *_losses(plan)]})
-    stem = source.path.stem if source.path.suffix == ".gguf" else source.path.resolve().name
-    shards = shards_of(plan, source.metadata, request.output or Path(f"{stem}-{chosen.name}.gguf"))
+    shards = shards_of(plan, source.metadata, request.output or default_output(source.path, chosen.name))
     files = [PlannedFile(name=shard.path.name, size=shard.nbytes) for shard in shards]
     return plan.model_copy(update={"files": files})
+
+
+def default_output(model: Path, target: str) -> Path:
+    """`<model name>-<TARGET>.gguf` in the current folder."""
+    stem = model.stem if model.suffix == ".gguf" else model.resolve().name
+    return Path(f"{stem}-{target.upper()}.gguf")
 
 
 def _losses(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,21 @@ class _Normed(nn.Module):
         return _Output((inputs_embeds,))
 
 
+@dataclass
+class Stream:
+    """Windows of text on their way through the decoder blocks.
+
+    Attributes:
+        hidden: float32 [n_windows, context, hidden], the input of the next block.
+        batches: windows that run together.
+        calls: windows in a batch -> for each block its further arguments.
+    """
+
+    hidden: torch.Tensor
+    batches: list[slice]
+    calls: dict[int, list[Any]]
+
+
 class StreamedModel:
     """A model whose weights are read when they are needed and dropped at once.
 
@@ -146,6 +162,26 @@ class StreamedModel:
         Raises:
             FewbitsError: a tensor is missing or of the wrong shape, or the context is longer than the model's.
         """
+        with torch.no_grad():
+            stream = self.enter(inputs)
+            for index in range(len(self.layers)):
+                block = self.block(index)
+                self.run_block(index, block, stream)
+                del block
+                if progress:
+                    progress(index + 1, len(self.layers), "decoder blocks")
+            self.norm(stream)
+        return stream.hidden[:, first : inputs.shape[1] - 1].numpy()
+
+    def enter(self, inputs: npt.NDArray[np.int64]) -> Stream:
+        """Embed the windows: what the first decoder block gets.
+
+        Args:
+            inputs: token ids [n_windows, context].
+
+        Raises:
+            FewbitsError: as for `final_states`.
+        """
         context = inputs.shape[1]
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and context > longest:
@@ -155,21 +191,23 @@ class StreamedModel:
             )
         step = max(1, BATCH_TOKENS // context)
         batches = [slice(i, min(i + step, len(inputs))) for i in range(0, len(inputs), step)]
-        ids = torch.from_numpy(inputs)
         hidden = _activations((*inputs.shape, self.config.hidden_size))
-        with torch.no_grad():
-            calls = self._embed(ids, batches, hidden)
-            for index, meta in enumerate(self.layers):
-                block = self.materialize(meta, f"{self.skeleton.base_model_prefix}.{self.layers_name}.{index}")
-                for batch in batches:
-                    args, kwargs = calls[batch.stop - batch.start][index]
-                    out = block(hidden[batch], *args, **kwargs)
-                    hidden[batch] = self.round(out if isinstance(out, torch.Tensor) else out[0])
-                del block
-                if progress:
-                    progress(index + 1, len(self.layers), "decoder blocks")
-            self._norm(batches, hidden)
-        return hidden[:, first : context - 1].numpy()
+        return Stream(hidden, batches, self._embed(torch.from_numpy(inputs), batches, hidden))
+
+    def block_path(self, index: int) -> str:
+        """Name of a decoder block within the model: the prefix of its tensors."""
+        return f"{self.skeleton.base_model_prefix}.{self.layers_name}.{index}"
+
+    def block(self, index: int) -> nn.Module:
+        """A decoder block with its weights in memory."""
+        return self.materialize(self.layers[index], self.block_path(index))
+
+    def run_block(self, index: int, block: nn.Module, stream: Stream, device: str = "cpu") -> None:
+        """Take all windows through a block that lies on a device; the windows stay where they are."""
+        for batch in stream.batches:
+            args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
+            out = block(stream.hidden[batch].to(device), *args, **kwargs)
+            stream.hidden[batch] = self.round(out if isinstance(out, torch.Tensor) else out[0])
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The head in memory: normed hidden states [n, hidden] -> float32 logits [n, n_vocab], softcap applied."""
@@ -207,11 +245,12 @@ class StreamedModel:
             calls.setdefault(batch.stop - batch.start, [recorder.call for recorder in recorders])
         return calls
 
-    def _norm(self, batches: list[slice], hidden: torch.Tensor) -> None:
+    def norm(self, stream: Stream) -> None:
         """The final norm by the model's own code, in place."""
+        hidden = stream.hidden
         given = _Given(hidden[:0])
         base = self._base_with([given] * len(self.layers), final_norm=True)
-        for batch in batches:
+        for batch in stream.batches:
             given.hidden = hidden[batch]
             # only the shape and type of the input matter: masks and rotary embeddings go to blocks that ignore them
             stand_in = torch.zeros(1).expand(given.hidden.shape)
@@ -255,6 +294,19 @@ class StreamedModel:
         }
         module.load_state_dict(state, strict=False, assign=True)
         return module.eval()
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a parameter is read from; of experts, those of the first one."""
+        found = self._on_disk(name)
+        if found:
+            return (found,)
+        match = re.fullmatch(r"(.*\.)(experts\.\w+)", name)
+        for parts in FUSED_EXPERTS.get(match[2], ()) if match else ():
+            assert match is not None
+            first = [self._on_disk(f"{match[1]}experts.0.{part}.weight") for part in parts]
+            if all(first):
+                return tuple(stored for stored in first if stored)
+        return ()
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         found = self._on_disk(name)
@@ -349,6 +401,17 @@ def build_skeleton(model: Model) -> Any:
         reason = str(error).splitlines()[0]
         raise FewbitsError(f"{model.path}: transformers cannot build a model of type {kind!r} ({reason}).") from None
     return skeleton.eval()
+
+
+def _moved(value: Any, device: str) -> Any:
+    """The tensors in nested tuples, lists and dicts on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 def _activations(shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,592 @@
+"""Search for codebook types: groups of weights whose magnitudes, over a common scale, are one entry of a fixed grid.
+
+With scale s, entry q leaves the error s^2 A - 2 s B more than storing zeros would, A = sum w q^2, B = sum w |x| q.
+Every entry is tried: the sums of all patterns of half a group are tables, and an entry costs one load and one
+comparison, since entries that share their first half need only the least of their second halves.
+
+Signs are free, or their product over 8 weights must be positive. Then, where it is not, one weight takes the wrong
+sign, which costs 4 s w |x| q: "turned" sums contain the least such cost of a pattern, found along with them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fewbits.kernels.grids import LEVELS, grid
+from fewbits.kernels.lanes import (
+    F16_MAX,
+    FAST,
+    INLINE,
+    LANES,
+    STRIDE,
+    TINY,
+    lane_rows,
+    load_tile,
+    round_f16,
+    round_f16_lanes,
+)
+from fewbits.kernels.vectors import (
+    WIDTH,
+    add,
+    any_bits,
+    both_bits,
+    least,
+    load,
+    multiply,
+    spread,
+    spread_bits,
+    store,
+    subtract,
+    where_less,
+)
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+U32 = npt.NDArray[np.uint32]
+U8 = npt.NDArray[np.uint8]
+ZERO, HALF, ONE, TWO, FOUR = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2), np.float32(4)
+WORST = np.float32(3e38)
+CHUNK = 6
+"""Entries with the same first half that are compared at once: the least work for all five grids."""
+FREE, EIGHTS, PAIRS = range(3)
+"""What signs must obey: nothing, an even number of minus in each group of 8, or in each two groups of 4."""
+MOST = np.float32(15)
+"""Codes of scales run from 0 to this."""
+WHOLE = np.int32(-1)
+WORK = (12 * 9 + 4 * 81 + 8) * WIDTH
+NO_TAGS = np.zeros(81, np.int32)
+
+
+class Book(NamedTuple):
+    """A grid, laid out for `search`.
+
+    A half pattern's code is its small integers, the first in the lowest bits; a whole code is that of the second half
+    and above it that of the first. The row of a half pattern in the tables of sums counts up, the first as the highest
+    digit.
+    """
+
+    values: F32
+    """What the small integers stand for: [levels]."""
+    tags: I32
+    """Codes of the half patterns, by row."""
+    firsts: U32
+    """For each chunk where the sums of its first half stand: [chunks]."""
+    first_tags: I32
+    """The codes of those first halves, at their place in the whole code."""
+    seconds: U32
+    """Where the sums of the second halves stand: [chunks * CHUNK], the last repeated to fill a chunk."""
+    entry: npt.NDArray[np.int16]
+    """Index of a whole code, -1 where there is none."""
+
+
+def book(name: str) -> Book:
+    entries = grid(name).astype(np.int64)
+    half, levels = entries.shape[1] // 2, len(LEVELS[name])
+    bits = (levels - 1).bit_length()
+    digits = levels ** np.arange(half)[::-1]
+    codes = (entries << (bits * np.roll(np.arange(2 * half), half))).sum(1)
+    patterns = np.arange(levels**half)[:, None] // digits % levels
+    half_codes = (patterns << (bits * np.arange(half))).sum(1)
+    first, second = (entries[:, :half] * digits).sum(1), (entries[:, half:] * digits).sum(1)
+    firsts, seconds = [], []
+    for row in np.unique(first):
+        same = second[first == row]
+        for start in range(0, same.size, CHUNK):
+            part = same[start : start + CHUNK]
+            seconds.append(np.concatenate([part, np.repeat(part[-1:], CHUNK - part.size)]))
+            firsts.append(row)
+    index = np.full(1 << (2 * half * bits), -1, np.int16)
+    index[codes] = np.arange(len(codes))
+    return Book(
+        values=np.array(LEVELS[name], np.float32),
+        tags=half_codes.astype(np.int32),
+        firsts=(np.array(firsts) * WIDTH).astype(np.uint32),
+        first_tags=(half_codes[firsts] << (bits * half)).astype(np.int32),
+        seconds=(np.concatenate(seconds) * WIDTH).astype(np.uint32),
+        entry=index,
+    )
+
+
+@njit(**INLINE)
+def add_patterns(a: F32, b: F32, count: int, mask: np.int32, tags: I32, out: F32) -> None:
+    """All sums of a row of a and one of b; the bits outside mask are replaced by the tag of the sum's row."""
+    keep = spread_bits(mask)
+    for i in range(count):
+        x = load(a, i * WIDTH)
+        for j in range(count):
+            row = i * count + j
+            both = add(x, load(b, j * WIDTH))
+            store(out, row * WIDTH, any_bits(both_bits(both, keep), spread_bits(tags[row])))
+
+
+@njit(**INLINE)
+def add_turned(a: F32, b: F32, ta: F32, tb: F32, count: int, mask: np.int32, tags: I32, out: F32) -> None:
+    """`add_patterns` of which one part is turned, whichever costs less."""
+    keep = spread_bits(mask)
+    for i in range(count):
+        x, tx = load(a, i * WIDTH), load(ta, i * WIDTH)
+        for j in range(count):
+            row = i * count + j
+            both = least(add(x, load(tb, j * WIDTH)), add(tx, load(b, j * WIDTH)))
+            store(out, row * WIDTH, any_bits(both_bits(both, keep), spread_bits(tags[row])))
+
+
+@njit(**FAST)
+def half_sums(
+    xt: F32, wt: F32, odd: F32, at: int, odd_at: int, elements: int, scale: F32, lane: int,
+    turned: bool, values: F32, mask: np.int32, tags: I32, work: F32, out: F32, out_turned: F32,
+) -> None:  # fmt: skip
+    """Costs of all patterns of half a group, for 16 lanes.
+
+    Args:
+        xt, wt: flat; the half's first weights stand at `at`, its next STRIDE further.
+        odd: flat; what the turned costs are multiplied by stands at `odd_at`.
+        elements: 2 or 4.
+        mask, tags: see `add_patterns`.
+        work: [2, 6, 9 * WIDTH].
+        out, out_turned: [patterns * WIDTH].
+    """
+    levels = values.size
+    s = load(scale, lane)
+    for i in range(elements):
+        x, w = load(xt, at + i * STRIDE), load(wt, at + i * STRIDE)
+        penalty = multiply(multiply(multiply(s, w), multiply(spread(FOUR), x)), load(odd, odd_at))
+        for q in range(levels):
+            v = spread(values[q])
+            miss = subtract(x, multiply(s, v))
+            cost = multiply(w, multiply(miss, miss))
+            store(work[0, i], q * WIDTH, cost)
+            if turned:
+                store(work[1, i], q * WIDTH, add(cost, multiply(v, penalty)))
+    plain, other = work[0], work[1]
+    if elements == 2:
+        add_patterns(plain[0], plain[1], levels, mask, tags, out)
+        if turned:
+            add_turned(plain[0], plain[1], other[0], other[1], levels, mask, tags, out_turned)
+        return
+    for k in range(2):
+        i, j, pair = 2 * k, 2 * k + 1, 4 + k
+        add_patterns(plain[i], plain[j], levels, WHOLE, NO_TAGS, plain[pair])
+        if turned:
+            add_turned(plain[i], plain[j], other[i], other[j], levels, WHOLE, NO_TAGS, other[pair])
+    add_patterns(plain[4], plain[5], levels * levels, mask, tags, out)
+    if turned:
+        add_turned(plain[4], plain[5], other[4], other[5], levels * levels, mask, tags, out_turned)
+
+
+@njit(**FAST)
+def search_plain(
+    firsts: U32,
+    first_tags: I32,
+    seconds: U32,
+    mask: np.int32,
+    a: F32,
+    b: F32,
+    cost: F32,
+    cost_at: int,
+    codes: F32,
+    at: int,
+) -> None:
+    """The code with the least sum, for 16 lanes: cost and the bits of codes take it at `at`.
+
+    a, b: costs of first halves and, tagged, of second halves.
+    """
+    best, low, high = spread(WORST), spread(ZERO), spread(ZERO)
+    e = 0
+    for k in range(firsts.size):
+        x = least(load(b, seconds[e]), load(b, seconds[e + 1]))
+        y = least(load(b, seconds[e + 2]), load(b, seconds[e + 3]))
+        z = least(load(b, seconds[e + 4]), load(b, seconds[e + 5]))
+        e += CHUNK
+        second = least(least(x, y), z)
+        total = add(load(a, firsts[k]), second)
+        low = where_less(total, best, second, low)
+        high = where_less(total, best, spread_bits(first_tags[k]), high)
+        best = least(total, best)
+    store(cost, cost_at, best)
+    store(codes, at, any_bits(high, both_bits(low, spread_bits(mask))))
+
+
+@njit(**FAST)
+def search_turned(
+    firsts: U32, first_tags: I32, seconds: U32, mask: np.int32,
+    a: F32, b: F32, ta: F32, tb: F32, cost: F32, cost_at: int, codes: F32, at: int,
+) -> None:  # fmt: skip
+    """`search_plain` where either the first or the second half is turned."""
+    best, low, high = spread(WORST), spread(ZERO), spread(ZERO)
+    e = 0
+    for k in range(firsts.size):
+        s0, s1, s2, s3, s4, s5 = (
+            seconds[e],
+            seconds[e + 1],
+            seconds[e + 2],
+            seconds[e + 3],
+            seconds[e + 4],
+            seconds[e + 5],
+        )
+        x, y, z = least(load(b, s0), load(b, s1)), least(load(b, s2), load(b, s3)), least(load(b, s4), load(b, s5))
+        tx, ty, tz = (
+            least(load(tb, s0), load(tb, s1)),
+            least(load(tb, s2), load(tb, s3)),
+            least(load(tb, s4), load(tb, s5)),
+        )
+        e += CHUNK
+        second, turned = least(least(x, y), z), least(least(tx, ty), tz)
+        total, other = add(load(ta, firsts[k]), second), add(load(a, firsts[k]), turned)
+        second = where_less(other, total, turned, second)
+        total = least(other, total)
+        low = where_less(total, best, second, low)
+        high = where_less(total, best, spread_bits(first_tags[k]), high)
+        best = least(total, best)
+    store(cost, cost_at, best)
+    store(codes, at, any_bits(high, both_bits(low, spread_bits(mask))))
+
+
+@njit(**FAST)
+def search(xt: F32, wt: F32, odd: F32, signs: int, scale: F32, book: Book, codes: F32, turned: F32, work: F32) -> None:
+    """The best entry of each group of 128 blocks at given scales.
+
+    Args:
+        xt, wt: [elements, 144]; xt not negative.
+        odd: [groups, 144], 1 where a group's signs need a turn (PAIRS: a pair's, in both rows), else 0.
+        signs: FREE, EIGHTS or PAIRS.
+        scale: [128].
+        codes: out, the bits of each [groups, 144].
+        turned: out, [groups, 144], 1 where one weight of the group takes the wrong sign, else 0.
+        work: [WORK].
+    """
+    groups = codes.shape[0]
+    half = xt.shape[0] // groups // 2
+    x, w, o, c = xt.reshape(-1), wt.reshape(-1), odd.reshape(-1), codes.reshape(-1)
+    table = work[: 12 * 9 * WIDTH].reshape(2, 6, 9 * WIDTH)
+    sums = work[12 * 9 * WIDTH : (12 * 9 + 4 * 81) * WIDTH].reshape(4, 81 * WIDTH)
+    other = work[(12 * 9 + 4 * 81) * WIDTH : WORK].reshape(4, 2 * WIDTH)
+    a, b, ta, tb = sums[0], sums[1], sums[2], sums[3]
+    costs, turned_costs, turned_codes = other[0], other[1], other[2]
+    chunks = (book.firsts, book.first_tags, book.seconds)
+    below = np.int32((1 << (8 if book.values.size == 3 else 6)) - 1)
+    turns = signs != FREE
+    for lane in range(0, LANES, WIDTH):
+        for g in range(groups):
+            first = 2 * half * g * STRIDE + lane
+            second, here = first + half * STRIDE, g * STRIDE + lane
+            half_sums(x, w, o, first, here, half, scale, lane, turns, book.values, WHOLE, NO_TAGS, table, a, ta)
+            half_sums(x, w, o, second, here, half, scale, lane, turns, book.values, ~below, book.tags, table, b, tb)
+            if signs == EIGHTS:
+                search_turned(*chunks, below, a, b, ta, tb, costs, 0, c, here)
+                continue
+            at = (g & 1) * WIDTH
+            search_plain(*chunks, below, a, b, costs, at, c, here)
+            if signs == FREE:
+                continue
+            search_turned(*chunks, below, a, b, ta, tb, turned_costs, at, turned_codes, at)
+            if g & 1:
+                for k in range(WIDTH):
+                    even = turned_costs[k] - costs[k] < turned_costs[WIDTH + k] - costs[WIDTH + k]
+                    need = odd[g, lane + k] > ZERO
+                    turned[g - 1, lane + k] = ONE if need and even else ZERO
+                    turned[g, lane + k] = ONE if need and not even else ZERO
+                    if need:
+                        if even:
+                            codes[g - 1, lane + k] = turned_codes[k]
+                        else:
+                            codes[g, lane + k] = turned_codes[WIDTH + k]
+
+
+@njit(**INLINE)
+def fit(xt: F32, wt: F32, codes: F32, turned: F32, values: F32, square: F32, product: F32, work: F32) -> None:
+    """A = sum w q^2 and B = sum w x q of 128 blocks, turned weights with the wrong sign: square, product [128]."""
+    elements, groups = xt.shape[0], codes.shape[0]
+    size = elements // groups
+    bits = np.int32(2 if values.size == 3 else 3)
+    top, low = np.int32(values.size - 1), np.int32((1 << bits) - 1)
+    base, step = values[0], values[1] - values[0]
+    bump = values[top] - base - step * np.float32(top)
+    least_loss, whole = work[0], codes.view(np.int32)
+    for lane in range(LANES):
+        square[lane] = ZERO
+        product[lane] = ZERO
+    for g in range(groups):
+        for lane in range(LANES):
+            least_loss[lane] = WORST
+        for i in range(size):
+            shift = np.int32(bits * ((i + size // 2) % size))
+            for lane in range(LANES):
+                q = (whole[g, lane] >> shift) & low
+                v = base + step * np.float32(q) + (bump if q == top else ZERO)
+                w = wt[g * size + i, lane] * v
+                b = w * xt[g * size + i, lane]
+                square[lane] += w * v
+                product[lane] += b
+                least_loss[lane] = min(least_loss[lane], b)
+        for lane in range(LANES):
+            product[lane] -= TWO * turned[g, lane] * least_loss[lane]
+
+
+@njit(**FAST)
+def measure(
+    xt: F32, wt: F32, odd: F32, signs: int, scale: F32, book: Book, codes: F32, turned: F32, found: F32, work: F32
+) -> None:
+    """`search` and `fit`: found [2, 128] takes A and B."""
+    search(xt, wt, odd, signs, scale, book, codes, turned, work)
+    fit(xt, wt, codes, turned, book.values, found[0], found[1], work[:LANES].reshape(1, LANES))
+
+
+@njit(**INLINE)
+def gather(x: F32, importance: F32, first: int, count: int, signs: int, xt: F32, wt: F32, odd: F32, minus: I32) -> None:
+    """Magnitudes and importances of blocks first..first+127, the bits of negative ones by group, and what is odd."""
+    groups = odd.shape[0]
+    size = xt.shape[0] // groups
+    load_tile(x, importance, first, count, xt, wt)
+    for g in range(groups):
+        for lane in range(LANES):
+            odd[g, lane] = ZERO
+            minus[g, lane] = 0
+        for i in range(size):
+            for lane in range(LANES):
+                v, o, m = xt[g * size + i, lane], odd[g, lane], minus[g, lane]
+                xt[g * size + i, lane] = abs(v)
+                odd[g, lane] = ONE - o if v < ZERO else o
+                minus[g, lane] = m | (np.int32(1 << i) if v < ZERO else np.int32(0))
+    if signs == PAIRS:
+        for g in range(0, groups, 2):
+            for lane in range(LANES):
+                both = abs(odd[g, lane] - odd[g + 1, lane])
+                odd[g, lane] = both
+                odd[g + 1, lane] = both
+
+
+@njit(**INLINE)
+def first_scale(xt: F32, wt: F32, values: F32, guesses: F32, scale: F32, work: F32) -> None:
+    """The scale at which each block loses least if every weight may take any value.
+
+    Args:
+        guesses: the deviation of a block over the scales that are tried.
+        scale: out, [128].
+        work: [5, 128].
+    """
+    upper, lower, square, product, gain = work[0], work[1], work[2], work[3], work[4]
+    top = np.float32(values.size - 1)
+    base, step = values[0], values[1] - values[0]
+    bump = values[-1] - base - step * top
+    part, shift = ONE / step, HALF - base / step
+    for lane in range(LANES):
+        upper[lane] = ZERO
+        lower[lane] = ZERO
+        gain[lane] = -ONE
+        scale[lane] = ZERO
+    for i in range(xt.shape[0]):
+        for lane in range(LANES):
+            upper[lane] += wt[i, lane] * xt[i, lane] * xt[i, lane]
+            lower[lane] += wt[i, lane]
+    for lane in range(LANES):
+        upper[lane] = np.sqrt(upper[lane] / lower[lane])
+        lower[lane] = part / max(upper[lane], TINY)
+    for k in range(guesses.size):
+        for lane in range(LANES):
+            square[lane] = ZERO
+            product[lane] = ZERO
+        for i in range(0, xt.shape[0], 2):
+            for lane in range(LANES):
+                inverse = lower[lane] * guesses[k]
+                x0, x1, w0, w1 = xt[i, lane], xt[i + 1, lane], wt[i, lane], wt[i + 1, lane]
+                q0 = min(max(np.floor(x0 * inverse + shift), ZERO), top)
+                q1 = min(max(np.floor(x1 * inverse + shift), ZERO), top)
+                v0 = base + step * q0 + (bump if q0 == top else ZERO)
+                v1 = base + step * q1 + (bump if q1 == top else ZERO)
+                a0, a1 = w0 * v0, w1 * v1
+                square[lane] += a0 * v0 + a1 * v1
+                product[lane] += a0 * x0 + a1 * x1
+        for lane in range(LANES):
+            s, old_gain, old = product[lane] / square[lane], gain[lane], scale[lane]
+            new_gain = s * product[lane]
+            scale[lane] = s if new_gain > old_gain else old
+            gain[lane] = max(new_gain, old_gain)
+
+
+@njit(**INLINE)
+def choose_steps(
+    squares: F32, products: F32, blocks: int, unit: np.float32, parts: F32, best: F32, step: F32, grid: F32
+) -> None:
+    """For each super-block the half-precision step with which the block scales lose least.
+
+    A block's error at a scale is bounded by the least of the parabolas s^2 A - 2 s B of its entries found so far.
+
+    Args:
+        squares, products: [tries, 128], A and B.
+        blocks: of a super-block.
+        unit: a block's scale is step * unit * (2 code + 1).
+        parts: the odd numbers, whole or not, that are tried for the largest scale.
+        best: [128], the block's best scales.
+        step: out, [128].
+        grid: work, [6, parts.size].
+    """
+    tried, miss, inverse, bits = grid[0], grid[1], grid[2], grid[3].view(np.int32)
+    scales, error = grid[4], grid[5]
+    for lane0 in range(0, LANES, blocks):
+        largest = ZERO
+        for lane in range(lane0, lane0 + blocks):
+            largest = max(largest, best[lane])
+        for k in range(parts.size):
+            tried[k] = min(largest / (unit * parts[k]), F16_MAX)
+            miss[k] = ZERO
+        round_f16_lanes(tried, bits)
+        for k in range(parts.size):
+            inverse[k] = HALF / (tried[k] * unit) if tried[k] > ZERO else ZERO
+        for lane in range(lane0, lane0 + blocks):
+            target = best[lane]
+            for k in range(parts.size):
+                scales[k] = tried[k] * unit * (TWO * min(np.floor(target * inverse[k]), MOST) + ONE)
+                error[k] = WORST
+            for t in range(squares.shape[0]):
+                a, b = squares[t, lane], TWO * products[t, lane]
+                for k in range(parts.size):
+                    error[k] = min(error[k], scales[k] * (scales[k] * a - b))
+            for k in range(parts.size):
+                miss[k] += error[k]
+        choice, lowest = tried[0], miss[0]
+        for k in range(1, parts.size):
+            choice = tried[k] if miss[k] < lowest else choice
+            lowest = min(miss[k], lowest)
+        for lane in range(lane0, lane0 + blocks):
+            step[lane] = choice
+
+
+@njit(**INLINE)
+def keep_better(
+    scale: F32, found: F32, code: F32, codes: F32, turned: F32, kept: F32, kept_codes: F32, kept_turned: F32
+) -> None:
+    """For each block the trial where it leaves less error than what is kept: kept [4, 128] is error, A, B, code."""
+    mark = lane_rows(1)[0]
+    for lane in range(LANES):
+        s, error, a, b, c = scale[lane], kept[0, lane], kept[1, lane], kept[2, lane], kept[3, lane]
+        ta, tb, tc = found[0, lane], found[1, lane], code[lane]
+        left = s * (s * ta - TWO * tb)
+        better = left < error
+        mark[lane] = ONE if better else ZERO
+        kept[0, lane] = left if better else error
+        kept[1, lane] = ta if better else a
+        kept[2, lane] = tb if better else b
+        kept[3, lane] = tc if better else c
+    for g in range(codes.shape[0]):
+        for lane in range(LANES):
+            better, c, t = mark[lane] > ZERO, codes[g, lane], turned[g, lane]
+            old_c, old_t = kept_codes[g, lane], kept_turned[g, lane]
+            kept_codes[g, lane] = c if better else old_c
+            kept_turned[g, lane] = t if better else old_t
+
+
+@njit(**INLINE)
+def refit_steps(blocks: int, unit: np.float32, step: F32, kept: F32) -> None:
+    """The step of each super-block with the least error for its codes, and the errors it leaves."""
+    for lane0 in range(0, LANES, blocks):
+        upper, lower, now = ZERO, ZERO, ZERO
+        for lane in range(lane0, lane0 + blocks):
+            odd = unit * (TWO * kept[3, lane] + ONE)
+            upper += odd * kept[2, lane]
+            lower += odd * odd * kept[1, lane]
+            now += kept[0, lane]
+        d = round_f16(min(max(upper / lower, ZERO), F16_MAX)) if lower > ZERO else step[lane0]
+        if d * (d * lower - TWO * upper) < now:
+            for lane in range(lane0, lane0 + blocks):
+                s = d * unit * (TWO * kept[3, lane] + ONE)
+                step[lane] = d
+                kept[0, lane] = s * (s * kept[1, lane] - TWO * kept[2, lane])
+
+
+@njit(**FAST)
+def encode_blocks(
+    x: F32, importance: F32, signs: int, book: Book, unit: np.float32, guesses: F32, starts: F32, parts: F32,
+    rounds: npt.NDArray[np.int64], entries: npt.NDArray[np.int16], minus_out: U8, scale_codes: U8, steps: F32,
+) -> None:  # fmt: skip
+    """Super-blocks of blocks that have a 4-bit scale each: a block's scale is step * unit * (2 code + 1).
+
+    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        guesses: see `first_scale`.
+        starts: what the first scale is multiplied by for the searches that find each block's scale; 0: its best
+            scale after the searches so far.
+        parts: see `choose_steps`.
+        rounds: for each round how many codes of scales are tried beside the present one; then the step is refitted.
+        entries: out, [super-blocks, blocks, groups].
+        minus_out: out, [super-blocks, blocks, groups], the bits of negative weights.
+        scale_codes: out, [super-blocks, blocks].
+        steps: out, [super-blocks], representable in half precision.
+    """
+    count, blocks, groups = entries.shape
+    elements = 256 // blocks
+    size = elements // groups
+    bits = np.int32(2 if book.values.size == 3 else 3)
+    low = np.int32((1 << bits) - 1)
+    per_tile = LANES // blocks
+    xt, wt, odd = lane_rows(elements), lane_rows(elements), lane_rows(groups)
+    codes, turned, kept_codes, kept_turned = lane_rows(groups), lane_rows(groups), lane_rows(groups), lane_rows(groups)
+    minus = lane_rows(groups).view(np.int32)
+    work = lane_rows(WORK // STRIDE + 1).reshape(-1)
+    squares, products, found, kept = lane_rows(starts.size), lane_rows(starts.size), lane_rows(2), lane_rows(4)
+    lanes, trials, grid = lane_rows(6), lane_rows(5), np.empty((6, parts.size), np.float32)
+    start, scale, best, gain, step, code = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
+    whole = kept_codes.view(np.int32)
+    for first in range(0, count, per_tile):
+        gather(x, importance, first * blocks, count * blocks, signs, xt, wt, odd, minus)
+        for g in range(groups):
+            for lane in range(LANES):
+                turned[g, lane] = ZERO
+        first_scale(xt, wt, book.values, guesses, start, trials)
+        for lane in range(LANES):
+            best[lane] = start[lane]
+            gain[lane] = -ONE
+        for t in range(starts.size):
+            for lane in range(LANES):
+                scale[lane] = start[lane] * starts[t] if starts[t] > ZERO else best[lane]
+            measure(xt, wt, odd, FREE, scale, book, codes, turned, found, work)
+            for lane in range(LANES):
+                a, b, old_gain, old_best = found[0, lane], max(found[1, lane], ZERO), gain[lane], best[lane]
+                squares[t, lane] = a
+                products[t, lane] = found[1, lane]
+                s = b / max(a, TINY)
+                best[lane] = s if s * b > old_gain else old_best
+                gain[lane] = max(s * b, old_gain)
+        choose_steps(squares, products, blocks, unit, parts, best, step, grid)
+        for lane in range(LANES):
+            d = step[lane] * unit
+            code[lane] = min(np.floor(HALF * best[lane] / d), MOST) if d > ZERO else ZERO
+            kept[0, lane] = WORST
+        if signs == EIGHTS:
+            for g in range(groups):
+                for lane in range(LANES):
+                    turned[g, lane] = odd[g, lane]
+        for r in range(rounds.size):
+            for k in range(rounds[r] + 1):
+                if k > 0 or r > 0:
+                    for lane in range(LANES):
+                        c, d = kept[3, lane], step[lane] * unit
+                        ideal = kept[2, lane] / max(kept[1, lane], TINY)
+                        away = np.float32((k + 1) // 2) * (ONE if k & 1 else -ONE)
+                        up = ONE if ideal > d * (TWO * c + ONE) else -ONE
+                        code[lane] = min(max(c + up * away, ZERO), MOST)
+                for lane in range(LANES):
+                    scale[lane] = step[lane] * unit * (TWO * code[lane] + ONE)
+                measure(xt, wt, odd, signs, scale, book, codes, turned, found, work)
+                keep_better(scale, found, code, codes, turned, kept, kept_codes, kept_turned)
+            refit_steps(blocks, unit, step, kept)
+        for s in range(min(per_tile, count - first)):
+            steps[first + s] = step[s * blocks]
+            for j in range(blocks):
+                lane = s * blocks + j
+                scale_codes[first + s, j] = np.uint8(kept[3, lane])
+                for g in range(groups):
+                    pattern, bad, loss = whole[g, lane], np.int32(0), WORST
+                    entries[first + s, j, g] = book.entry[pattern]
+                    for i in range(size):
+                        q = (pattern >> np.int32(bits * ((i + size // 2) % size))) & low
+                        v = wt[g * size + i, lane] * xt[g * size + i, lane] * book.values[q]
+                        bad = np.int32(i) if v < loss else bad
+                        loss = min(v, loss)
+                    turn = np.int32(1) << bad if kept_turned[g, lane] > ZERO else np.int32(0)
+                    minus_out[first + s, j, g] = np.uint8(minus[g, lane] ^ turn)

@@ -1,0 +1,169 @@
+"""From calibration to importances: what `--calibration` names, and what each planned tensor gets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.calibration.imatrix_files import read_statistics
+from fewbits.calibration.statistics import DATASET_KEY, Statistics, text_mark
+from fewbits.checkpoint import open_model
+from fewbits.checkpoint.gguf import MAGIC
+from fewbits.codecs import codec
+from fewbits.errors import FewbitsError, about
+from fewbits.formats.gguf.source import GGUFSource
+from fewbits.plan import Plan
+from fewbits.plan.tensors import EMBEDDINGS, role
+
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, what there is to do, and the part at hand."""
+Importances = dict[str, npt.NDArray[np.float32]]
+"""By tensor name, [experts, columns]: the weight of each column's squared error."""
+CHUNKS = 128
+"""Windows of a text that calibrate a model where nothing else is said: more change little (docs/calibration.md)."""
+CONTEXT = 512
+NAMES = 5
+"""So many names are spelled out in a note."""
+
+
+def split_sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The statistics files among what `--calibration` names, and the texts.
+
+    Raises:
+        FewbitsError: a file cannot be read, or there are both kinds.
+    """
+    statistics = [path for path in paths if _is_statistics(path)]
+    texts = [path for path in paths if path not in statistics]
+    if statistics and texts:
+        raise FewbitsError(
+            f"{texts[0]}: a text beside the statistics {statistics[0]}.",
+            "Make one file of both: `fewbits calibrate MODEL --text TEXT --merge STATISTICS -o BOTH`.",
+        )
+    return statistics, texts
+
+
+def _is_statistics(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC or path.suffix == ".dat"
+    except OSError as error:
+        raise FewbitsError(
+            f"{path}: cannot be read ({error.strerror}).",
+            "Name a text or what `fewbits calibrate` or llama-imatrix made.",
+        ) from None
+
+
+def read_all(paths: Sequence[Path]) -> Statistics:
+    """Statistics files of one model as one.
+
+    Raises:
+        FewbitsError: a file is damaged, or they are of different models.
+    """
+    first, *others = [read_statistics(path) for path in paths]
+    with about(paths[0]):
+        return first.merged(others) if others else first
+
+
+def statistics_for(
+    model: str | Path,
+    paths: Sequence[Path],
+    output: Path,
+    chunks: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    run: bool = True,
+) -> tuple[Statistics, Path]:
+    """The statistics that `--calibration` names, and their file.
+
+    Texts are run through the model; what comes out is kept beside the output, for other targets and for a run that
+    was interrupted to go on from.
+
+    Args:
+        model: directory, GGUF file or hub id.
+        paths: statistics files or texts.
+        output: the quantized file.
+        chunks: most windows of texts; None means `CHUNKS`.
+        run: whether to calibrate; else only what the file's header will tell is there.
+
+    Raises:
+        FewbitsError: a file cannot be used, or the statistics of a text would replace a file.
+    """
+    files, texts = split_sources(paths)
+    if files:
+        return read_all(files), files[0]
+    kept = output.with_name(f"{output.stem}.imatrix.gguf")
+    from fewbits.calibration.run import calibrate  # imports torch, which statistics files do without
+
+    if run:
+        made = calibrate(
+            *(model, texts, kept),
+            chunks=chunks or CHUNKS,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+            output_tensor=True,
+            device="auto",
+        )
+        return made.statistics, kept
+    from fewbits.calibration.texts import read_texts
+
+    text = read_texts(texts, open_model(model).tokenizer(), CONTEXT, chunks or CHUNKS)
+    return Statistics({}, text.datasets, len(text.inputs), CONTEXT, text.sha256, text.inputs.size), kept
+
+
+def with_provenance(source: GGUFSource, statistics: Statistics, file: Path) -> GGUFSource:
+    """The source with the keys by which llama.cpp tells what importance matrix a file was made with."""
+    texts = [Path(name).name for name in statistics.datasets] or ["unknown"]
+    digests = [text_mark(digest) for digest in statistics.texts_sha256]
+    tokens = statistics.tokens or statistics.chunk_count * statistics.chunk_size
+    keys: dict[str, Any] = {
+        "quantize.imatrix.file": file.name,
+        DATASET_KEY: " ".join([*texts, *digests, f"tokens:{tokens}"]),
+        "quantize.imatrix.entries_count": len(statistics.tensors),
+        "quantize.imatrix.chunks_count": statistics.chunk_count,
+    }
+    return replace(source, metadata={**source.metadata, **keys})
+
+
+def importances_of(plan: Plan, statistics: Statistics, file: Path) -> tuple[Importances, list[str]]:
+    """The importances of each tensor whose type has use for them, and notes on those that have none.
+
+    Raises:
+        FewbitsError: sizes that do not match, or no tensor of the model is in the statistics.
+    """
+    found: Importances = {}
+    without: list[str] = []
+    silent: list[str] = []
+    for tensor in plan.tensors:
+        if tensor.method in ("copy", "convert") or not codec(tensor.codec).weighted:
+            continue
+        known = statistics.tensors.get(tensor.name)
+        if known is None:
+            if tensor.name not in EMBEDDINGS and role(tensor.name) != "output":
+                without.append(tensor.name)
+            continue
+        experts = tensor.shape[-3] if len(tensor.shape) > 2 else 1
+        try:
+            known = known.split(experts, tensor.shape[-1])
+        except FewbitsError as error:
+            raise FewbitsError(f"{file}: {tensor.name}: {error.message}", "Name statistics of this model.") from None
+        found[tensor.name] = known.importance()
+        silent += [f"expert {expert} of {tensor.name}" for expert in known.without_data]
+    if not found and without:
+        raise FewbitsError(f"{file}: holds nothing on any tensor of {plan.model}.", "Name statistics of this model.")
+    notes = []
+    if without:
+        notes.append(f"{len(without)} tensors have no statistics and weigh all columns alike: {_some(without)}")
+    if silent:
+        notes.append(f"{len(silent)} experts saw no calibration text and weigh all columns alike: {_some(silent)}")
+    return found, notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES]) + (", ..." if len(names) > NAMES else "")
