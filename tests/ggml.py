@@ -44,11 +44,17 @@ def row_size(name: str, columns: int) -> int:
     return int(library().ggml_row_size(GGML_TYPES[name], columns))
 
 
+NEEDS_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
+"""libggml ends the process when it is to make these without importances."""
+
+
 def quantize_chunk(name: str, weights: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """uint8 [rows, row bytes] from float32 [rows, columns], as llama-quantize makes them."""
     rows, columns = weights.shape
     weights = np.ascontiguousarray(weights, np.float32)
     out = np.zeros((rows, row_size(name, columns)), np.uint8)
+    if importance is None and name in NEEDS_IMPORTANCE:
+        importance = np.ones(columns, np.float32)
     given = None if importance is None else np.ascontiguousarray(importance, np.float32)
     library().ggml_quantize_chunk(
         *(GGML_TYPES[name], weights.ctypes.data, out.ctypes.data, 0, rows, columns),

@@ -3,6 +3,7 @@
 from fewbits.codecs import (
     floats,
     foreign,
+    iquants_codebook,
     kquants_asymmetric,
     kquants_symmetric,
     legacy_asymmetric,
@@ -19,6 +20,7 @@ __all__ = [
     "codec",
     "floats",
     "foreign",
+    "iquants_codebook",
     "kquants_asymmetric",
     "kquants_symmetric",
     "legacy_asymmetric",

@@ -10,7 +10,7 @@ from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.errors import FewbitsError
 
 READABLE = (
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("IQ1_S", "IQ1_M"),
     *("TQ1_0", "TQ2_0"),
 )
 

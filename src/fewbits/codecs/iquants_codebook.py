@@ -12,13 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Blocked, Bytes, Floats
+from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.kernels.codebook import EIGHTS, FREE, PAIRS, Book, book, encode_blocks
 from fewbits.kernels.grids import LEVELS, grid
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
 I16 = npt.NDArray[np.int16]
+PARTS = np.linspace(17, 36, 48, dtype=np.float32)
+"""The odd numbers, whole or not, that are tried for the largest block scale; 31 is the largest there is."""
+AROUND = np.float32(1.1) ** np.arange(-5, 7, dtype=np.float32)
+"""Multiples of `middle` that are tried for the first scale of a block."""
 _QUARTER, _HALF = np.float32(0.25), np.float32(0.5)
 
 
@@ -206,7 +210,7 @@ def _values(name: str) -> Floats:
     return np.array(LEVELS[name], np.float32)[grid(name)]
 
 
-class _Codebook(Blocked):
+class _Codebook(Codec):
     """Encoding by search; subclasses name the kernels."""
 
     block = 256
@@ -217,9 +221,10 @@ class _Codebook(Blocked):
     """Entries in a block."""
     signs: ClassVar[int]
     unit: ClassVar[float]
-    guesses: ClassVar[tuple[float, ...]]
+    middle: ClassVar[float] = 22.0
+    """The deviation of most blocks is some such multiple of their scale."""
     starts: ClassVar[tuple[float, ...]]
-    rounds: ClassVar[tuple[int, ...]]
+    """Multiples of the first scale at which all entries are searched."""
     pack: Any
     unpack: Any
 
@@ -231,17 +236,19 @@ class _Codebook(Blocked):
         entries = np.empty((count, cls.blocks, cls.groups), np.int16)
         minus = np.empty(entries.shape, np.uint8)
         scales, steps = np.empty((count, cls.blocks), np.uint8), np.empty(count, np.float32)
-        parts = np.linspace(17, 36, 48, dtype=np.float32)
-        settings = (np.float32(cls.unit), np.array(cls.guesses, np.float32), np.array(cls.starts, np.float32), parts)
-        weight, rounds = usable_importance(importance, columns), np.array(cls.rounds)
-        encode_blocks(flat, weight, cls.signs, _book(cls.name), *settings, rounds, entries, minus, scales, steps)
+        settings = (np.float32(cls.unit), np.float32(cls.middle) * AROUND, np.array(cls.starts, np.float32), PARTS)
+        weight = usable_importance(importance, columns)
+        encode_blocks(flat, weight, cls.signs, _book(cls.name), *settings, entries, minus, scales, steps)
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(entries, minus, scales, steps, out)
         return out.reshape(rows, -1)
 
     @classmethod
-    def decoder(cls, data: Bytes, out: Floats) -> None:
-        cls.unpack(data, _values(cls.name), out)
+    def decode(cls, data: Bytes) -> Floats:
+        blocks = np.ascontiguousarray(data).reshape(-1, cls.block_bytes)
+        out = np.empty((blocks.shape[0], cls.block), np.float32)
+        cls.unpack(blocks, _values(cls.name), out)
+        return out.reshape(data.shape[0], -1)
 
 
 class IQ2_XXS(_Codebook):
@@ -250,8 +257,7 @@ class IQ2_XXS(_Codebook):
     name = "IQ2_XXS"
     block_bytes = 66
     blocks, groups, signs, unit = 8, 4, EIGHTS, 0.125
-    guesses = tuple(22.0 * 1.1**k for k in range(-5, 7))
-    starts, rounds = (1.0, 0.0), (1, 0)
+    starts = (0.87, 1.0, 1.15)
     pack, unpack = staticmethod(_pack_iq2_xxs), staticmethod(_decode_iq2_xxs)
 
 
@@ -261,8 +267,7 @@ class IQ2_XS(_Codebook):
     name = "IQ2_XS"
     block_bytes = 74
     blocks, groups, signs, unit = 16, 2, EIGHTS, 0.125
-    guesses = tuple(22.0 * 1.1**k for k in range(-5, 7))
-    starts, rounds = (1.0, 0.0), (1, 0)
+    starts = (0.8, 0.9, 1.0, 1.1, 1.25)
     pack, unpack = staticmethod(_pack_iq2_xs), staticmethod(_decode_iq2_xs)
 
 
@@ -272,8 +277,7 @@ class IQ2_S(_Codebook):
     name = "IQ2_S"
     block_bytes = 82
     blocks, groups, signs, unit = 16, 2, FREE, 0.125
-    guesses = tuple(22.0 * 1.1**k for k in range(-5, 7))
-    starts, rounds = (1.0, 0.0), (1, 0)
+    starts = (0.9, 1.1)
     pack, unpack = staticmethod(_pack_iq2_s), staticmethod(_decode_iq2_s)
 
 
@@ -283,8 +287,8 @@ class IQ3_XXS(_Codebook):
     name = "IQ3_XXS"
     block_bytes = 98
     blocks, groups, signs, unit = 8, 8, PAIRS, 0.25
-    guesses = tuple(26.0 * 1.1**k for k in range(-5, 7))
-    starts, rounds = (1.0, 0.0), (1, 0)
+    middle = 26.0
+    starts = (0.75, 0.9, 1.06, 1.25)
     pack, unpack = staticmethod(_pack_iq3_xxs), staticmethod(_decode_iq3_xxs)
 
 
@@ -294,6 +298,6 @@ class IQ3_S(_Codebook):
     name = "IQ3_S"
     block_bytes = 110
     blocks, groups, signs, unit = 8, 8, FREE, 1.0
-    guesses = tuple(6.0 * 1.1**k for k in range(-5, 7))
-    starts, rounds = (1.0, 0.0), (1, 0)
+    middle = 6.0
+    starts = (0.87, 1.0, 1.15)
     pack, unpack = staticmethod(_pack_iq3_s), staticmethod(_decode_iq3_s)

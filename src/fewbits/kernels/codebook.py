@@ -45,6 +45,7 @@ from fewbits.kernels.vectors import (
 )
 
 F32 = npt.NDArray[np.float32]
+I16 = npt.NDArray[np.int16]
 I32 = npt.NDArray[np.int32]
 U32 = npt.NDArray[np.uint32]
 U8 = npt.NDArray[np.uint8]
@@ -57,8 +58,10 @@ FREE, EIGHTS, PAIRS = range(3)
 MOST = np.float32(15)
 """Codes of scales run from 0 to this."""
 WHOLE = np.int32(-1)
-WORK = (12 * 9 + 4 * 81 + 8) * WIDTH
 NO_TAGS = np.zeros(81, np.int32)
+"""Mask and tags with which `add_patterns` leaves sums as they are."""
+WORK = (12 * 9 + 4 * 81 + 8) * WIDTH
+"""Floats `search` works in: patterns of one and two elements, of half a group, and what pairs of groups leave."""
 
 
 class Book(NamedTuple):
@@ -79,11 +82,12 @@ class Book(NamedTuple):
     """The codes of those first halves, at their place in the whole code."""
     seconds: U32
     """Where the sums of the second halves stand: [chunks * CHUNK], the last repeated to fill a chunk."""
-    entry: npt.NDArray[np.int16]
+    entry: I16
     """Index of a whole code, -1 where there is none."""
 
 
 def book(name: str) -> Book:
+    """The grid of a type, by its name in LEVELS."""
     entries = grid(name).astype(np.int64)
     half, levels = entries.shape[1] // 2, len(LEVELS[name])
     bits = (levels - 1).bit_length()
@@ -163,34 +167,27 @@ def half_sums(
             if turned:
                 store(work[1, i], q * WIDTH, add(cost, multiply(v, penalty)))
     plain, other = work[0], work[1]
+    # counts known when compiling: the loops are unrolled
     if elements == 2:
-        add_patterns(plain[0], plain[1], levels, mask, tags, out)
+        add_patterns(plain[0], plain[1], 8, mask, tags, out)
         if turned:
-            add_turned(plain[0], plain[1], other[0], other[1], levels, mask, tags, out_turned)
+            add_turned(plain[0], plain[1], other[0], other[1], 8, mask, tags, out_turned)
         return
     for k in range(2):
         i, j, pair = 2 * k, 2 * k + 1, 4 + k
-        add_patterns(plain[i], plain[j], levels, WHOLE, NO_TAGS, plain[pair])
+        add_patterns(plain[i], plain[j], 3, WHOLE, NO_TAGS, plain[pair])
         if turned:
-            add_turned(plain[i], plain[j], other[i], other[j], levels, WHOLE, NO_TAGS, other[pair])
-    add_patterns(plain[4], plain[5], levels * levels, mask, tags, out)
+            add_turned(plain[i], plain[j], other[i], other[j], 3, WHOLE, NO_TAGS, other[pair])
+    add_patterns(plain[4], plain[5], 9, mask, tags, out)
     if turned:
-        add_turned(plain[4], plain[5], other[4], other[5], levels * levels, mask, tags, out_turned)
+        add_turned(plain[4], plain[5], other[4], other[5], 9, mask, tags, out_turned)
 
 
 @njit(**FAST)
 def search_plain(
-    firsts: U32,
-    first_tags: I32,
-    seconds: U32,
-    mask: np.int32,
-    a: F32,
-    b: F32,
-    cost: F32,
-    cost_at: int,
-    codes: F32,
-    at: int,
-) -> None:
+    firsts: U32, first_tags: I32, seconds: U32, mask: np.int32,
+    a: F32, b: F32, cost: F32, cost_at: int, codes: F32, at: int,
+) -> None:  # fmt: skip
     """The code with the least sum, for 16 lanes: cost and the bits of codes take it at `at`.
 
     a, b: costs of first halves and, tagged, of second halves.
@@ -220,20 +217,11 @@ def search_turned(
     best, low, high = spread(WORST), spread(ZERO), spread(ZERO)
     e = 0
     for k in range(firsts.size):
-        s0, s1, s2, s3, s4, s5 = (
-            seconds[e],
-            seconds[e + 1],
-            seconds[e + 2],
-            seconds[e + 3],
-            seconds[e + 4],
-            seconds[e + 5],
-        )
+        s0, s1, s2 = seconds[e], seconds[e + 1], seconds[e + 2]
+        s3, s4, s5 = seconds[e + 3], seconds[e + 4], seconds[e + 5]
         x, y, z = least(load(b, s0), load(b, s1)), least(load(b, s2), load(b, s3)), least(load(b, s4), load(b, s5))
-        tx, ty, tz = (
-            least(load(tb, s0), load(tb, s1)),
-            least(load(tb, s2), load(tb, s3)),
-            least(load(tb, s4), load(tb, s5)),
-        )
+        tx, ty = least(load(tb, s0), load(tb, s1)), least(load(tb, s2), load(tb, s3))
+        tz = least(load(tb, s4), load(tb, s5))
         e += CHUNK
         second, turned = least(least(x, y), z), least(least(tx, ty), tz)
         total, other = add(load(ta, firsts[k]), second), add(load(a, firsts[k]), turned)
@@ -409,6 +397,19 @@ def first_scale(xt: F32, wt: F32, values: F32, guesses: F32, scale: F32, work: F
 
 
 @njit(**INLINE)
+def lowest_entry(xt: F32, wt: F32, value: np.float32, square: F32, product: F32) -> None:
+    """A and B of the entry with which every grid begins, all of the least value: flat blocks are exact with it."""
+    for lane in range(LANES):
+        square[lane] = ZERO
+        product[lane] = ZERO
+    for i in range(xt.shape[0]):
+        for lane in range(LANES):
+            w = wt[i, lane] * value
+            square[lane] += w * value
+            product[lane] += w * xt[i, lane]
+
+
+@njit(**INLINE)
 def choose_steps(
     squares: F32, products: F32, blocks: int, unit: np.float32, parts: F32, best: F32, step: F32, grid: F32
 ) -> None:
@@ -457,136 +458,99 @@ def choose_steps(
 
 
 @njit(**INLINE)
-def keep_better(
-    scale: F32, found: F32, code: F32, codes: F32, turned: F32, kept: F32, kept_codes: F32, kept_turned: F32
-) -> None:
-    """For each block the trial where it leaves less error than what is kept: kept [4, 128] is error, A, B, code."""
-    mark = lane_rows(1)[0]
-    for lane in range(LANES):
-        s, error, a, b, c = scale[lane], kept[0, lane], kept[1, lane], kept[2, lane], kept[3, lane]
-        ta, tb, tc = found[0, lane], found[1, lane], code[lane]
-        left = s * (s * ta - TWO * tb)
-        better = left < error
-        mark[lane] = ONE if better else ZERO
-        kept[0, lane] = left if better else error
-        kept[1, lane] = ta if better else a
-        kept[2, lane] = tb if better else b
-        kept[3, lane] = tc if better else c
-    for g in range(codes.shape[0]):
-        for lane in range(LANES):
-            better, c, t = mark[lane] > ZERO, codes[g, lane], turned[g, lane]
-            old_c, old_t = kept_codes[g, lane], kept_turned[g, lane]
-            kept_codes[g, lane] = c if better else old_c
-            kept_turned[g, lane] = t if better else old_t
-
-
-@njit(**INLINE)
-def refit_steps(blocks: int, unit: np.float32, step: F32, kept: F32) -> None:
-    """The step of each super-block with the least error for its codes, and the errors it leaves."""
+def refit_steps(blocks: int, unit: np.float32, code: F32, found: F32, step: F32) -> None:
+    """The step of each super-block with the least error for its codes and entries, whose A and B are found."""
     for lane0 in range(0, LANES, blocks):
-        upper, lower, now = ZERO, ZERO, ZERO
+        upper, lower, d = ZERO, ZERO, step[lane0]
         for lane in range(lane0, lane0 + blocks):
-            odd = unit * (TWO * kept[3, lane] + ONE)
-            upper += odd * kept[2, lane]
-            lower += odd * odd * kept[1, lane]
-            now += kept[0, lane]
-        d = round_f16(min(max(upper / lower, ZERO), F16_MAX)) if lower > ZERO else step[lane0]
-        if d * (d * lower - TWO * upper) < now:
+            odd = unit * (TWO * code[lane] + ONE)
+            upper += odd * found[1, lane]
+            lower += odd * odd * found[0, lane]
+        new = round_f16(min(max(upper / max(lower, TINY), ZERO), F16_MAX))
+        if new * (new * lower - TWO * upper) < d * (d * lower - TWO * upper):
             for lane in range(lane0, lane0 + blocks):
-                s = d * unit * (TWO * kept[3, lane] + ONE)
-                step[lane] = d
-                kept[0, lane] = s * (s * kept[1, lane] - TWO * kept[2, lane])
+                step[lane] = new
 
 
 @njit(**FAST)
 def encode_blocks(
     x: F32, importance: F32, signs: int, book: Book, unit: np.float32, guesses: F32, starts: F32, parts: F32,
-    rounds: npt.NDArray[np.int64], entries: npt.NDArray[np.int16], minus_out: U8, scale_codes: U8, steps: F32,
+    entries: I16, minus_out: U8, codes_out: U8, steps: F32,
 ) -> None:  # fmt: skip
     """Super-blocks of blocks that have a 4-bit scale each: a block's scale is step * unit * (2 code + 1).
 
     Args:
         x: flat, row-major [rows, columns].
         importance: [columns].
+        signs: FREE, EIGHTS or PAIRS.
+        unit: a power of two.
         guesses: see `first_scale`.
-        starts: what the first scale is multiplied by for the searches that find each block's scale; 0: its best
-            scale after the searches so far.
+        starts: the multiples of the first scale at which entries are searched, free of what signs must obey.
         parts: see `choose_steps`.
-        rounds: for each round how many codes of scales are tried beside the present one; then the step is refitted.
         entries: out, [super-blocks, blocks, groups].
-        minus_out: out, [super-blocks, blocks, groups], the bits of negative weights.
-        scale_codes: out, [super-blocks, blocks].
+        minus_out: out, as entries, the bits of the negative weights of each group.
+        codes_out: out, [super-blocks, blocks].
         steps: out, [super-blocks], representable in half precision.
     """
     count, blocks, groups = entries.shape
-    elements = 256 // blocks
-    size = elements // groups
+    size = 256 // blocks // groups
     bits = np.int32(2 if book.values.size == 3 else 3)
     low = np.int32((1 << bits) - 1)
     per_tile = LANES // blocks
-    xt, wt, odd = lane_rows(elements), lane_rows(elements), lane_rows(groups)
-    codes, turned, kept_codes, kept_turned = lane_rows(groups), lane_rows(groups), lane_rows(groups), lane_rows(groups)
-    minus = lane_rows(groups).view(np.int32)
+    xt, wt, odd = lane_rows(size * groups), lane_rows(size * groups), lane_rows(groups)
+    patterns, turned, minus = lane_rows(groups), lane_rows(groups), lane_rows(groups).view(np.int32)
     work = lane_rows(WORK // STRIDE + 1).reshape(-1)
-    squares, products, found, kept = lane_rows(starts.size), lane_rows(starts.size), lane_rows(2), lane_rows(4)
+    squares, products, found = lane_rows(starts.size + 1), lane_rows(starts.size + 1), lane_rows(2)
     lanes, trials, grid = lane_rows(6), lane_rows(5), np.empty((6, parts.size), np.float32)
     start, scale, best, gain, step, code = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
-    whole = kept_codes.view(np.int32)
+    whole = patterns.view(np.int32)
     for first in range(0, count, per_tile):
         gather(x, importance, first * blocks, count * blocks, signs, xt, wt, odd, minus)
+        first_scale(xt, wt, book.values, guesses, start, trials)
+        for lane in range(LANES):
+            best[lane] = ZERO
+            gain[lane] = -ONE
         for g in range(groups):
             for lane in range(LANES):
                 turned[g, lane] = ZERO
-        first_scale(xt, wt, book.values, guesses, start, trials)
-        for lane in range(LANES):
-            best[lane] = start[lane]
-            gain[lane] = -ONE
-        for t in range(starts.size):
+        for t in range(starts.size + 1):
+            if t == starts.size:
+                lowest_entry(xt, wt, book.values[0], found[0], found[1])
+            else:
+                for lane in range(LANES):
+                    scale[lane] = start[lane] * starts[t]
+                measure(xt, wt, odd, FREE, scale, book, patterns, turned, found, work)
             for lane in range(LANES):
-                scale[lane] = start[lane] * starts[t] if starts[t] > ZERO else best[lane]
-            measure(xt, wt, odd, FREE, scale, book, codes, turned, found, work)
-            for lane in range(LANES):
-                a, b, old_gain, old_best = found[0, lane], max(found[1, lane], ZERO), gain[lane], best[lane]
+                a, b, old_gain, old_best = found[0, lane], found[1, lane], gain[lane], best[lane]
                 squares[t, lane] = a
-                products[t, lane] = found[1, lane]
+                products[t, lane] = b
                 s = b / max(a, TINY)
                 best[lane] = s if s * b > old_gain else old_best
                 gain[lane] = max(s * b, old_gain)
         choose_steps(squares, products, blocks, unit, parts, best, step, grid)
         for lane in range(LANES):
-            d = step[lane] * unit
-            code[lane] = min(np.floor(HALF * best[lane] / d), MOST) if d > ZERO else ZERO
-            kept[0, lane] = WORST
+            s, d = best[lane], step[lane] * unit
+            c = np.floor(HALF * s / max(d, TINY))
+            code[lane] = min(c, MOST)
+            scale[lane] = d * (TWO * min(c, MOST) + ONE)
         if signs == EIGHTS:
             for g in range(groups):
                 for lane in range(LANES):
                     turned[g, lane] = odd[g, lane]
-        for r in range(rounds.size):
-            for k in range(rounds[r] + 1):
-                if k > 0 or r > 0:
-                    for lane in range(LANES):
-                        c, d = kept[3, lane], step[lane] * unit
-                        ideal = kept[2, lane] / max(kept[1, lane], TINY)
-                        away = np.float32((k + 1) // 2) * (ONE if k & 1 else -ONE)
-                        up = ONE if ideal > d * (TWO * c + ONE) else -ONE
-                        code[lane] = min(max(c + up * away, ZERO), MOST)
-                for lane in range(LANES):
-                    scale[lane] = step[lane] * unit * (TWO * code[lane] + ONE)
-                measure(xt, wt, odd, signs, scale, book, codes, turned, found, work)
-                keep_better(scale, found, code, codes, turned, kept, kept_codes, kept_turned)
-            refit_steps(blocks, unit, step, kept)
+        measure(xt, wt, odd, signs, scale, book, patterns, turned, found, work)
+        refit_steps(blocks, unit, code, found, step)
         for s in range(min(per_tile, count - first)):
             steps[first + s] = step[s * blocks]
             for j in range(blocks):
                 lane = s * blocks + j
-                scale_codes[first + s, j] = np.uint8(kept[3, lane])
+                codes_out[first + s, j] = np.uint8(code[lane])
                 for g in range(groups):
-                    pattern, bad, loss = whole[g, lane], np.int32(0), WORST
+                    pattern, turn, loss = whole[g, lane], np.int32(0), WORST
                     entries[first + s, j, g] = book.entry[pattern]
-                    for i in range(size):
-                        q = (pattern >> np.int32(bits * ((i + size // 2) % size))) & low
-                        v = wt[g * size + i, lane] * xt[g * size + i, lane] * book.values[q]
-                        bad = np.int32(i) if v < loss else bad
-                        loss = min(v, loss)
-                    turn = np.int32(1) << bad if kept_turned[g, lane] > ZERO else np.int32(0)
+                    if turned[g, lane] > ZERO:
+                        for i in range(size):
+                            q = (pattern >> np.int32(bits * ((i + size // 2) % size))) & low
+                            v = wt[g * size + i, lane] * xt[g * size + i, lane] * book.values[q]
+                            turn = np.int32(1 << i) if v < loss else turn
+                            loss = min(v, loss)
                     minus_out[first + s, j, g] = np.uint8(minus[g, lane] ^ turn)

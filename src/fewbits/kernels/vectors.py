@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -108,16 +108,10 @@ def _bitwise(name: str) -> Callable[[Any, Any, Any], Any]:
     return operation
 
 
-def _least(builder: Any, a: Any, b: Any) -> Any:
-    # floats that are not negative are in the order of their bits, and integers compare twice as fast
-    x, y = builder.bitcast(a, _BITS), builder.bitcast(b, _BITS)
-    return builder.bitcast(builder.select(builder.icmp_signed("<", x, y), x, y), _FLOATS)
-
-
 add = _binary(lambda builder, a, b: builder.fadd(a, b, ("fast",)), "a + b")
 subtract = _binary(lambda builder, a, b: builder.fsub(a, b, ("fast",)), "a - b")
 multiply = _binary(lambda builder, a, b: builder.fmul(a, b, ("fast",)), "a * b")
-least = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), "The smaller of each lane, neither negative")
+least = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), "The smaller of each lane")
 both_bits = _binary(_bitwise("and_"), "a & b, of the bits")
 any_bits = _binary(_bitwise("or_"), "a | b, of the bits")
 
