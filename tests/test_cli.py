@@ -155,7 +155,6 @@ def test_unknown_target_and_missing_model(tmp_path: Path, model: Path) -> None:
     output = tmp_path / "x.gguf"
     refused(fewbits("quantize", model, "Q4_K_XXL", "-o", output), "Q4_K_M", output)
     refused(fewbits("quantize", tmp_path / "nowhere", "Q4_K_M", "-o", output), "nowhere", output)
-    refused(fewbits("quantize", model, "IQ2_XS", "-o", output), "not made yet", output)
     refused(fewbits("quantize", model, "Q4_K_M", "-o", tmp_path / "no" / "x.gguf"), "does not exist", output)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
+from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import GGUFSource, gguf_source
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.quantize import (
@@ -27,7 +28,9 @@ from fewbits.quantize import (
     statistics_for,
     with_provenance,
 )
+from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import Importances, Progress
+from fewbits.quantize.learned import Learned
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
 
@@ -128,6 +131,7 @@ def plan(
     pre_tokenizer: str | None = None,
     calibration: Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
+    hessians: str | Path | None = None,
 ) -> Plan:
     """What `quantize` would make, to the byte, from headers alone.
 
@@ -140,6 +144,7 @@ def plan(
         pre_tokenizer: llama.cpp's name of the pre-tokenizer where it is not recognized.
         calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.statistics_for`.
         calibration_chunks: most windows of texts.
+        hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
 
     Raises:
         FewbitsError: anything that would keep `quantize` from making the files.
@@ -148,18 +153,28 @@ def plan(
     final = Path(output) if output else None
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
     if not calibration:
+        _refuse_lone_hessians(hessians)
         return make_plan(prepared, request)
     final = final or default_output(prepared.path, target)
     statistics, file = statistics_for(source, [Path(c) for c in calibration], final, calibration_chunks, run=False)
-    return _calibrated(prepared, request, statistics, file)[1]
+    return _calibrated(prepared, request, statistics, file, hessians)[1]
+
+
+def _refuse_lone_hessians(hessians: str | Path | None) -> None:
+    if hessians:
+        raise FewbitsError(
+            f"{hessians}: Hessians alone do not choose scales.", "Pass the statistics made with them, too."
+        )
 
 
 def _calibrated(
-    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path
+    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path, hessians: str | Path | None
 ) -> tuple[GGUFSource, Plan, Importances]:
     """What `execute` needs, with statistics; where those are only promised, no importances."""
     source = with_provenance(source, statistics, file)
     made = make_plan(source, replace(request, mixture=replace(request.mixture, has_imatrix=True)))
+    if hessians:
+        made = with_feedback(made)
     if not statistics.tensors:
         return source, made, {}
     importances, notes = importances_of(made, statistics, file)
@@ -180,6 +195,7 @@ def quantize(
     progress: Progress | None = None,
     calibration: Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
+    hessians: str | Path | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs. Arguments as for `plan` and `fewbits.quantize.execute`.
 
@@ -192,12 +208,14 @@ def quantize(
     final = Path(output)
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
     if not calibration:
+        _refuse_lone_hessians(hessians)
         return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
     paths = [Path(c) for c in calibration]
     # whatever would refuse the result should do so before hours of calibration
     promised, file = statistics_for(source, paths, final, calibration_chunks, run=False)
-    checked, made, _ = _calibrated(prepared, request, promised, file)
+    checked, made, _ = _calibrated(prepared, request, promised, file, hessians)
     check(made, checked, final, overwrite)
     statistics, file = statistics_for(source, paths, final, calibration_chunks, threads, overwrite, progress)
-    prepared, made, importances = _calibrated(prepared, request, statistics, file)
-    return execute(made, prepared, final, threads, overwrite, progress, importances)
+    prepared, made, importances = _calibrated(prepared, request, statistics, file, hessians)
+    learned = Learned(importances, Factors(Path(hessians)) if hessians else None)
+    return execute(made, prepared, final, threads, overwrite, progress, learned)

@@ -52,6 +52,15 @@ CalibrationChunks = Annotated[
     int | None, typer.Option("--calibration-chunks", min=1, help="Most windows of 512 tokens to run of texts.")
 ]
 
+Hessians = Annotated[
+    Path | None,
+    typer.Option(
+        "--hessians",
+        metavar="DIR",
+        help="Hessians of `calibrate --hessians`: codes are chosen with error feedback where the type allows.",
+    ),
+]
+
 
 def mixture_options(
     tensor_types: list[str] | None,

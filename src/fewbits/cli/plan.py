@@ -32,6 +32,7 @@ def command(
     pre_tokenizer: o.PreTokenizer = None,
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
+    hessians: o.Hessians = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row for every tensor.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -50,6 +51,7 @@ def command(
         pre_tokenizer=pre_tokenizer,
         calibration=calibration or (),
         calibration_chunks=calibration_chunks,
+        hessians=hessians,
     )
     if output is not None:
         made.save(output)

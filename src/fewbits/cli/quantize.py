@@ -31,6 +31,7 @@ def command(
     pre_tokenizer: o.PreTokenizer = None,
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
+    hessians: o.Hessians = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -55,6 +56,7 @@ def command(
             pre_tokenizer=pre_tokenizer,
             calibration=calibration or (),
             calibration_chunks=calibration_chunks,
+            hessians=hessians,
         )
         plan_verb.show(made, json)
         return
@@ -70,6 +72,7 @@ def command(
             pre_tokenizer=pre_tokenizer,
             calibration=calibration or (),
             calibration_chunks=calibration_chunks,
+            hessians=hessians,
             threads=threads,
             overwrite=overwrite,
             progress=progress,

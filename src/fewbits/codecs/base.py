@@ -31,6 +31,8 @@ class Codec(ABC):
     block_bytes: ClassVar[int]
     weighted: ClassVar[bool] = False
     """Whether `encode` makes use of importances."""
+    code_bytes: ClassVar[slice | None] = None
+    """Where in a block the codes stand, if each weight has one in bits of its own; scales stand elsewhere."""
     makeable: ClassVar[bool] = True
     """Whether `encode` exists; some types can only be read so far."""
 

@@ -155,6 +155,7 @@ class Q2_K(_SuperBlocks):
     """4 levels, a 4-bit scale and a 4-bit offset for each 16 weights."""
 
     name = "Q2_K"
+    code_bytes = slice(16, 80)
     block_bytes = 84
     elements, levels, most = 16, 4, 15
     pack = staticmethod(_pack_q2_k)
@@ -165,6 +166,7 @@ class Q4_K(_SuperBlocks):
     """16 levels, a 6-bit scale and a 6-bit offset for each 32 weights."""
 
     name = "Q4_K"
+    code_bytes = slice(16, 144)
     block_bytes = 144
     elements, levels, most = 32, 16, 63
     pack = staticmethod(_pack_q4_k)
@@ -175,6 +177,7 @@ class Q5_K(_SuperBlocks):
     """32 levels, a 6-bit scale and a 6-bit offset for each 32 weights."""
 
     name = "Q5_K"
+    code_bytes = slice(16, 176)
     block_bytes = 176
     elements, levels, most = 32, 32, 63
     pack = staticmethod(_pack_q5_k)

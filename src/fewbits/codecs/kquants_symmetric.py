@@ -119,6 +119,7 @@ class Q3_K(_SuperBlocks):
     """8 levels, a 6-bit scale for each 16 weights."""
 
     name = "Q3_K"
+    code_bytes = slice(0, 96)
     block_bytes = 110
     half_levels, most, refinements, reaches = 4, 32, 1, (2, 1)
     pack = staticmethod(_pack_q3_k)
@@ -129,6 +130,7 @@ class Q6_K(_SuperBlocks):
     """64 levels, an 8-bit scale for each 16 weights."""
 
     name = "Q6_K"
+    code_bytes = slice(0, 192)
     block_bytes = 210
     half_levels, most, refinements, reaches = 32, 128, 0, (12, 1)
     pack = staticmethod(_pack_q6_k)

@@ -90,6 +90,7 @@ class Q4_1(_Asymmetric):
     """16 levels, a scale and an offset for 32 weights."""
 
     name = "Q4_1"
+    code_bytes = slice(4, 20)
     block_bytes = 20
     levels = 16
     pack = staticmethod(_pack_q4_1)
@@ -100,6 +101,7 @@ class Q5_1(_Asymmetric):
     """32 levels, a scale and an offset for 32 weights."""
 
     name = "Q5_1"
+    code_bytes = slice(4, 24)
     block_bytes = 24
     levels = 32
     pack = staticmethod(_pack_q5_1)

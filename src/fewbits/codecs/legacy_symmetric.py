@@ -120,6 +120,7 @@ class Q4_0(_Blocks):
     """16 levels, one scale for 32 weights."""
 
     name = "Q4_0"
+    code_bytes = slice(2, 18)
     block_bytes = 18
     half_levels = 8
     pack = staticmethod(_pack_q4_0)
@@ -130,6 +131,7 @@ class Q5_0(_Blocks):
     """32 levels, one scale for 32 weights."""
 
     name = "Q5_0"
+    code_bytes = slice(2, 22)
     block_bytes = 22
     half_levels = 16
     pack = staticmethod(_pack_q5_0)

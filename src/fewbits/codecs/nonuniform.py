@@ -143,6 +143,7 @@ class IQ4_NL(Blocked):
     """16 uneven levels, a half-precision scale for each 32 weights."""
 
     name = "IQ4_NL"
+    code_bytes = slice(2, 18)
     block, block_bytes, weighted = 32, 18, True
     decoder = staticmethod(_decode_iq4_nl)
     levels: ClassVar[Levels] = with_middles(IQ4)
@@ -163,6 +164,7 @@ class IQ4_XS(Blocked):
     """16 uneven levels, a 6-bit scale for each 32 weights and a half-precision one for 256."""
 
     name = "IQ4_XS"
+    code_bytes = slice(8, 136)
     block, block_bytes, weighted = 256, 136, True
     decoder = staticmethod(_decode_iq4_xs)
     levels: ClassVar[Levels] = with_middles(IQ4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,20 @@ import numpy.typing as npt
 
 from fewbits.codecs import Codec
 from fewbits.errors import FewbitsError
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Hessian as error feedback uses it.
+
+    Attributes:
+        order: int64 [columns]: in which columns are rounded, the most important first.
+        upper: float32 [columns, columns]: the upper Cholesky factor of the damped inverse, in that order.
+    """
+
+    order: npt.NDArray[np.int64]
+    upper: npt.NDArray[np.float32]
+
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -27,7 +42,11 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def quantize(
-        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+        cls,
+        weights: npt.NDArray[np.float32],
+        codec: type[Codec],
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
     ) -> npt.NDArray[np.uint8]:
         """Choose codes.
 
@@ -35,6 +54,7 @@ class Method(ABC):
             weights: float32 [rows, columns], finite.
             codec: the storage type.
             importance: float32 [columns] weight of each column's squared error, or None for ones.
+            factor: of the Hessian of the inputs, for methods that use it.
 
         Returns:
             uint8 [rows, bytes per row].

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
-from fewbits.methods.base import Method
+from fewbits.methods.base import Factor, Method
 
 
 class Convert(Method):
@@ -17,7 +17,11 @@ class Convert(Method):
 
     @classmethod
     def quantize(
-        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+        cls,
+        weights: npt.NDArray[np.float32],
+        codec: type[Codec],
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
     ) -> npt.NDArray[np.uint8]:
         return codec.encode(weights)
 
@@ -34,6 +38,10 @@ class Search(Method):
 
     @classmethod
     def quantize(
-        cls, weights: npt.NDArray[np.float32], codec: type[Codec], importance: npt.NDArray[np.float32] | None = None
+        cls,
+        weights: npt.NDArray[np.float32],
+        codec: type[Codec],
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
     ) -> npt.NDArray[np.uint8]:
         return codec.encode(weights, importance)

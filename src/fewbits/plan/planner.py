@@ -196,6 +196,6 @@ def _imatrix_notes(planned: Sequence[PlannedTensor], preset: str, options: Mixtu
         return []
     kinds = ", ".join(sorted({t.codec for t in hit}))
     return [
-        f"WARNING: {len(hit)} tensors get a type ({kinds}) for which llama-quantize refuses to go without an importance "
-        "matrix: all columns weigh the same, and the loss will be much larger. Pass --calibration TEXT."
+        f"WARNING: {len(hit)} tensors get a type ({kinds}) for which llama-quantize refuses to go without an "
+        "importance matrix: all columns weigh the same, and the loss will be much larger. Pass --calibration TEXT."
     ]

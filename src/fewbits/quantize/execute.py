@@ -22,7 +22,8 @@ from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import Shard, write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
-from fewbits.quantize.importances import Importances, Progress
+from fewbits.quantize.importances import Progress
+from fewbits.quantize.learned import Learned
 from fewbits.quantize.planning import refuse_unmakeable, shards_of
 
 try:
@@ -71,14 +72,13 @@ def execute(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    importances: Importances | None = None,
+    learned: Learned | None = None,
 ) -> QuantizeReport:
     """Make the files of a plan.
 
     Args:
-        importances: by tensor name, float32 [experts, columns] weights of the columns' squared errors; a tensor
-            without gets ones.
         progress: called with bytes written, bytes in all and the tensor at hand.
+        learned: from calibration; without, all columns of all tensors weigh the same.
         threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
 
     Raises:
@@ -88,7 +88,7 @@ def execute(
     shards = check(plan, source, output, overwrite)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
         try:
-            write_shards(shards, _pieces(plan, source, pool, progress, importances or {}), overwrite)
+            write_shards(shards, _pieces(plan, source, pool, progress, learned or Learned()), overwrite)
         finally:
             pool.shutdown(cancel_futures=True)
     return QuantizeReport(
@@ -122,10 +122,10 @@ def _pieces(
     source: GGUFSource,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
-    importances: Importances,
+    learned: Learned,
 ) -> Iterator[Iterable[memoryview]]:
     """Each tensor's bytes in pieces. A few slabs are ahead of the writer, across tensor borders, never more."""
-    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source, importances.get(tensor.name)))
+    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source, learned))
     ahead: deque[tuple[PlannedTensor, Future[npt.NDArray[np.uint8]]]] = deque()
     lookahead = 2 * pool._max_workers
     total, done = sum(tensor.nbytes for tensor in plan.tensors), 0
@@ -149,21 +149,18 @@ def _pieces(
         yield of(tensor)
 
 
-def _jobs(
-    tensor: PlannedTensor, source: GGUFSource, importance: npt.NDArray[np.float32] | None
-) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
+def _jobs(tensor: PlannedTensor, source: GGUFSource, learned: Learned) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
     columns = tensor.shape[-1] if tensor.shape else 1
     lines = prod(tensor.shape[:-1])
     if tensor.method == "copy" and tensor.name in source.stored:
         yield from _copies(tensor, source)
         return
     step = max(1, SLAB_WEIGHTS // max(1, columns))
-    experts = [None] if importance is None else importance
-    each = lines // len(experts)
-    for expert, columns_of in enumerate(experts):
+    experts = learned.experts(tensor.name)
+    each = lines // experts
+    for expert in range(experts):
         for start in range(expert * each, (expert + 1) * each, step):
-            stop = min(start + step, (expert + 1) * each)
-            yield partial(_encode, tensor, source, start, stop, columns_of)
+            yield partial(_encode, tensor, source, start, min(start + step, (expert + 1) * each), learned, expert)
 
 
 def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
@@ -172,7 +169,7 @@ def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], 
 
 
 def _encode(
-    tensor: PlannedTensor, source: GGUFSource, start: int, stop: int, importance: npt.NDArray[np.float32] | None
+    tensor: PlannedTensor, source: GGUFSource, start: int, stop: int, learned: Learned, expert: int
 ) -> npt.NDArray[np.uint8]:
     weights = np.ascontiguousarray(source.read[tensor.name](start, stop).reshape(stop - start, -1), np.float32)
     # min and max carry any NaN along and allocate nothing
@@ -184,4 +181,6 @@ def _encode(
         )
     # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
     chosen = method("convert" if tensor.method == "copy" else tensor.method)
-    return chosen.quantize(weights, codec(tensor.codec), importance)
+    importance = learned.importance(tensor.name, expert)
+    factor = learned.factor(tensor.name, expert, weights.shape[1]) if tensor.method == "feedback" else None
+    return chosen.quantize(weights, codec(tensor.codec), importance, factor)

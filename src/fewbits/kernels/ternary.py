@@ -1,0 +1,394 @@
+"""Search for types whose weights are three levels, -1, 0, 1 over a scale: free ones, and groups of 8 out of a grid.
+
+In a grid type the levels of a group are moved by a shift of an eighth up or down. Over a given scale and shift a
+weight's sign says which of -1 and 1 is the nearer: the other is never tried. That leaves 256 patterns, of which a
+table says which are in the grid, 116 to 149 of them. Their costs are sums of one out of 16 sums over the first four
+weights and one out of 16 over the last four: 16 masked minima of vectors of 16 find the least.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
+
+from fewbits.kernels.grids import grid
+from fewbits.kernels.lanes import (
+    F16_MAX,
+    FAST,
+    INLINE,
+    LANES,
+    STRIDE,
+    TINY,
+    lane_rows,
+    load_tile,
+    round_f16,
+    round_f16_lanes,
+)
+from fewbits.kernels.vectors import WIDTH, add, any_bits, both_bits, least, load, multiply, spread, spread_bits, store, subtract
+
+F32 = npt.NDArray[np.float32]
+I16 = npt.NDArray[np.int16]
+I32 = npt.NDArray[np.int32]
+U16 = npt.NDArray[np.uint16]
+U8 = npt.NDArray[np.uint8]
+ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+SHIFT = np.float32(0.125)
+WORST = np.float32(1e38)
+MARGIN = np.float32(1 + 2.0**-18)
+MOST = np.float32(7)
+"""Codes of scales run from 0 to this."""
+
+
+@intrinsic
+def where_bits(typing: Any, bits: Any, a: Any) -> Any:
+    """The lanes whose bit is set, zero elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = context.cast(builder, arguments[0], bits, types.uint16)
+        chosen = builder.bitcast(whole, ir.VectorType(ir.IntType(1), WIDTH))
+        return builder.select(chosen, arguments[1], ir.Constant(arguments[1].type, [0.0] * WIDTH))
+
+    return a(bits, a), generate
+
+
+@intrinsic
+def lowest(typing: Any, a: Any) -> Any:
+    """The smallest lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, lanes = arguments[0], WIDTH
+        while lanes > 1:
+            lanes //= 2
+            halves = [
+                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(part)))
+                for part in (range(lanes), range(lanes, 2 * lanes))
+            ]
+            value = builder.select(builder.fcmp_ordered("<", *halves), *halves)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(a), generate
+
+
+class Book(NamedTuple):
+    """A grid of {-1, 0, 1}^8, laid out for the search."""
+
+    allowed: U16
+    """Bit k of [signs, j]: whether bits j and k of the first and the last four weights, of 1 for those that take the
+    level with their sign (bits of `signs`: 1 for minus) and 0 for those that take 0, are in the grid."""
+    powers: I16
+    """Sum of the powers of three that the bits of a byte name: [256]."""
+    entry: I16
+    """Index of a pattern, by 3280 + powers[bits of ones] - powers[bits of minus ones]: [6561]."""
+    member: F32
+    """Member of subset k of four: [4 * 16], ones and zeros."""
+    names: I32
+    """The lanes' numbers: [16]."""
+
+
+def book(name: str) -> Book:
+    """The grid of a type, by its name in grids.LEVELS."""
+    levels = grid(name).astype(np.int64) - 1
+    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    powers = bits @ 3 ** np.arange(8)
+    entry = np.full(3**8, -1, np.int16)
+    entry[3280 + levels @ 3 ** np.arange(8)] = np.arange(len(levels))
+    sign, chosen = np.arange(256)[:, None], np.arange(256)[None]
+    inside = entry[3280 + powers[chosen & ~sign] - powers[chosen & sign]] >= 0
+    allowed = (inside.reshape(256, 16, 16).transpose(0, 2, 1).astype(np.int64) << np.arange(16)).sum(2)
+    member = (np.arange(16) >> np.arange(4)[:, None]) & 1
+    return Book(
+        allowed=allowed.astype(np.uint16),
+        powers=powers.astype(np.int16),
+        entry=entry,
+        member=member.astype(np.float32).reshape(-1),
+        names=np.arange(16, dtype=np.int32),
+    )
+
+
+@njit(**INLINE)
+def gains_of_ones(
+    xt: F32, wt: F32, scale: F32, shift: np.float32, gains: F32, signs: I32, ones: I32, zeros: F32, best: F32, top: F32
+) -> None:
+    """How much more weights cost at the nearer of -1 and 1 than at 0.
+
+    Args:
+        xt, wt: [8 groups, 128].
+        scale: [128].
+        shift: SHIFT or its negative.
+        gains: out, [8 groups, 128].
+        signs, ones: out, [groups, 128], the bits of weights nearer to -1 than to 1, and of those not nearest to 0.
+        zeros: out, [groups, 128], what a group costs where all are at 0.
+        best: out, [groups, 128], what it costs more where all are at what is nearest.
+        top: out, [groups, 128], above what the first four can cost more.
+    """
+    for g in range(signs.shape[0]):
+        for lane in range(LANES):
+            signs[g, lane] = 0
+            ones[g, lane] = 0
+            zeros[g, lane] = ZERO
+            best[g, lane] = ZERO
+            top[g, lane] = ZERO
+        for i in range(8):
+            bit = np.int32(1 << i)
+            for lane in range(LANES):
+                s, w, m, n = scale[lane], wt[8 * g + i, lane], signs[g, lane], ones[g, lane]
+                y = xt[8 * g + i, lane] - shift * s
+                more = s * w * (s - TWO * abs(y))
+                gains[8 * g + i, lane] = more
+                signs[g, lane] = m | (bit if y < ZERO else np.int32(0))
+                ones[g, lane] = n | (bit if more < ZERO else np.int32(0))
+                zeros[g, lane] += w * y * y
+                best[g, lane] += min(more, ZERO)
+            if i < 4:
+                for lane in range(LANES):
+                    top[g, lane] += max(gains[8 * g + i, lane], ZERO)
+        for lane in range(LANES):
+            top[g, lane] = top[g, lane] * MARGIN + TINY
+
+
+@njit(**FAST)
+def search_groups(
+    gains: F32, signs: I32, ones: I32, top: F32, allowed: U16, member: F32, names: I32, best: F32, places: I32, work: F32
+) -> None:
+    """Replaces what is nearest by the best pattern of the grid, where it is not in the grid itself.
+
+    Args:
+        gains: [8 groups * 144], flat.
+        signs, ones, top, best: [groups, 128], see `gains_of_ones`; ones and best are replaced.
+        allowed, member, names: of the `Book`, allowed flat.
+        places: work, [129].
+        work: [3 * 16 * 16].
+    """
+    low, high = spread_bits(np.int32(-256)), spread_bits(np.int32(-16))
+    tags = names.view(np.float32)
+    for g in range(signs.shape[0]):
+        count = 0
+        for lane in range(LANES):
+            m = ones[g, lane]
+            places[count] = lane
+            fits = np.int32(allowed[16 * signs[g, lane] + (m & np.int32(15))]) >> (m >> np.int32(4))
+            count += np.int32(1) - (fits & np.int32(1))
+        for start in range(0, count, WIDTH):
+            some = min(count - start, WIDTH)
+            for n in range(some):
+                lane = places[start + n]
+                at = 8 * g * STRIDE + lane
+                a = multiply(load(member, 0), spread(gains[at]))
+                b = multiply(load(member, 0), spread(gains[at + 4 * STRIDE]))
+                for i in range(1, 4):
+                    a = add(a, multiply(load(member, i * WIDTH), spread(gains[at + i * STRIDE])))
+                    b = add(b, multiply(load(member, i * WIDTH), spread(gains[at + (i + 4) * STRIDE])))
+                a = subtract(a, spread(top[g, lane]))
+                store(work, n * WIDTH, any_bits(both_bits(a, high), load(tags, 0)))
+                store(work, (WIDTH + n) * WIDTH, b)
+            for n in range(some):
+                row = 16 * signs[g, places[start + n]]
+                x, y = spread(ZERO), spread(ZERO)
+                for j in range(0, 16, 2):
+                    x = least(x, where_bits(allowed[row + j], spread(work[n * WIDTH + j])))
+                    y = least(y, where_bits(allowed[row + j + 1], spread(work[n * WIDTH + j + 1])))
+                x = least(x, y)
+                store(work, (2 * WIDTH + n) * WIDTH, x)
+                total = add(x, load(work, (WIDTH + n) * WIDTH))
+                work[(WIDTH + n) * WIDTH] = lowest(any_bits(both_bits(total, low), load(tags, 0)))
+            for n in range(some):
+                lane = places[start + n]
+                found = np.float32(work[(WIDTH + n) * WIDTH])
+                k = found.view(np.int32) & np.int32(15)
+                j = np.float32(work[(2 * WIDTH + n) * WIDTH + k]).view(np.int32) & np.int32(15)
+                best[g, lane] = found + top[g, lane]
+                ones[g, lane] = j | (k << np.int32(4))
+
+
+@njit(**INLINE)
+def fit(xt: F32, wt: F32, codes: I32, square: F32, product: F32) -> None:
+    """A = sum w q^2 and B = sum w x q of 128 blocks: the error of a scale s is s^2 A - 2 s B above that of zeros."""
+    for lane in range(LANES):
+        square[lane] = ZERO
+        product[lane] = ZERO
+    for g in range(codes.shape[0]):
+        for i in range(8):
+            for lane in range(LANES):
+                c, x, w = codes[g, lane], xt[8 * g + i, lane], wt[8 * g + i, lane]
+                up, down = (c >> np.int32(i)) & np.int32(1), (c >> np.int32(8 + i)) & np.int32(1)
+                level = np.float32(up - down) + SHIFT - np.float32(c >> np.int32(16)) * (TWO * SHIFT)
+                square[lane] += w * level * level
+                product[lane] += w * level * x
+
+
+@njit(**FAST)
+def measure(
+    xt: F32, wt: F32, scale: F32, span: int, book: Book, codes: I32, square: F32, product: F32, work: F32
+) -> None:
+    """The best patterns and shifts of 128 blocks at given scales, and their A and B.
+
+    Args:
+        xt, wt: [8 groups, 144].
+        scale: [128].
+        span: groups that share a shift.
+        codes: out, [groups, 144].
+        square, product: out, [128].
+        work: [14 groups + 7, 144].
+    """
+    groups = codes.shape[0]
+    gains, zeros, top = work[: 8 * groups], work[8 * groups : 9 * groups], work[9 * groups : 10 * groups]
+    signs, ones = work[10 * groups : 11 * groups].view(np.int32), work[11 * groups : 12 * groups].view(np.int32)
+    cost, least_cost, small = work[12 * groups : 13 * groups], work[13 * groups : 14 * groups], work[14 * groups :]
+    places, sums = small[0].view(np.int32), small[1:].reshape(-1)
+    flat, allowed = gains.reshape(-1), book.allowed.reshape(-1)
+    for down in range(2):
+        shift, bit = SHIFT - np.float32(down) * TWO * SHIFT, np.int32(down << 16)
+        gains_of_ones(xt, wt, scale, shift, gains, signs, ones, zeros, cost, top)
+        search_groups(flat, signs, ones, top, allowed, book.member, book.names, cost, places, sums)
+        for g0 in range(0, groups, span):
+            for g in range(g0, g0 + span):
+                for lane in range(LANES):
+                    cost[g, lane] += zeros[g, lane]
+            for g in range(g0 + 1, g0 + span):
+                for lane in range(LANES):
+                    cost[g0, lane] += cost[g, lane]
+            for g in range(g0, g0 + span):
+                for lane in range(LANES):
+                    old, m, sign = codes[g, lane], ones[g, lane], signs[g, lane]
+                    new = (m & ~sign) | ((m & sign) << np.int32(8)) | bit
+                    codes[g, lane] = new if (down == 0) | (cost[g0, lane] < least_cost[g0, lane]) else old
+            for lane in range(LANES):
+                least_cost[g0, lane] = cost[g0, lane] if down == 0 else least_cost[g0, lane]
+    fit(xt, wt, codes, square, product)
+
+
+@njit(**INLINE)
+def choose_steps(squares: F32, products: F32, blocks: int, parts: F32, best: F32, step: F32, grid: F32) -> None:
+    """For each super-block the half-precision step with which the block scales, step * (2 code + 1), lose least.
+
+    A block's error at a scale is bounded by the least of the parabolas s^2 A - 2 s B of its patterns found so far.
+
+    Args:
+        squares, products: [tries, 128], A and B.
+        blocks: of a super-block.
+        parts: the odd numbers, whole or not, that are tried for the largest scale.
+        best: [128], the block's best scales.
+        step: out, [128].
+        grid: work, [6, parts.size].
+    """
+    tried, miss, inverse, bits = grid[0], grid[1], grid[2], grid[3].view(np.int32)
+    scales, error = grid[4], grid[5]
+    for lane0 in range(0, LANES, blocks):
+        largest = ZERO
+        for lane in range(lane0, lane0 + blocks):
+            largest = max(largest, best[lane])
+        for k in range(parts.size):
+            tried[k] = min(largest / parts[k], F16_MAX)
+            miss[k] = ZERO
+        round_f16_lanes(tried, bits)
+        for k in range(parts.size):
+            inverse[k] = HALF / tried[k] if tried[k] > ZERO else ZERO
+        for lane in range(lane0, lane0 + blocks):
+            target = best[lane]
+            for k in range(parts.size):
+                scales[k] = tried[k] * (TWO * min(np.floor(target * inverse[k]), MOST) + ONE)
+                error[k] = WORST
+            for t in range(squares.shape[0]):
+                a, b = squares[t, lane], TWO * products[t, lane]
+                for k in range(parts.size):
+                    error[k] = min(error[k], scales[k] * (scales[k] * a - b))
+            for k in range(parts.size):
+                miss[k] += error[k]
+        choice, lowest_miss = tried[0], miss[0]
+        for k in range(1, parts.size):
+            choice = tried[k] if miss[k] < lowest_miss else choice
+            lowest_miss = min(miss[k], lowest_miss)
+        for lane in range(lane0, lane0 + blocks):
+            step[lane] = choice
+
+
+@njit(**INLINE)
+def refit_steps(blocks: int, code: F32, square: F32, product: F32, step: F32) -> None:
+    """The step of each super-block with the least error for its codes and patterns, whose A and B are given."""
+    for lane0 in range(0, LANES, blocks):
+        upper, lower, d = ZERO, ZERO, step[lane0]
+        for lane in range(lane0, lane0 + blocks):
+            odd = TWO * code[lane] + ONE
+            upper += odd * product[lane]
+            lower += odd * odd * square[lane]
+        new = round_f16(min(max(upper / max(lower, TINY), ZERO), F16_MAX))
+        if new * (new * lower - TWO * upper) < d * (d * lower - TWO * upper):
+            for lane in range(lane0, lane0 + blocks):
+                step[lane] = new
+
+
+@njit(**FAST)
+def encode_grid_blocks(
+    x: F32, importance: F32, span: int, book: Book, starts: F32, refits: int, parts: F32,
+    entries: I16, shifts: U8, scales: U8, steps: F32,
+) -> None:  # fmt: skip
+    """Super-blocks of blocks that have a 3-bit scale each: a block's scale is step * (2 code + 1).
+
+    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        span: groups that share a shift.
+        starts: the multiples of a block's deviation that are tried as its scale.
+        refits: how often the best scale so far is tried thereafter.
+        parts: see `choose_steps`.
+        entries: out, [super-blocks, blocks, groups].
+        shifts: out, as entries, 1 where the levels are moved down.
+        scales: out, [super-blocks, blocks], the codes.
+        steps: out, [super-blocks], representable in half precision.
+    """
+    count, blocks, groups = entries.shape
+    per_tile = LANES // blocks
+    xt, wt, work = lane_rows(8 * groups), lane_rows(8 * groups), lane_rows(14 * groups + 7)
+    tries = starts.size + refits
+    codes, squares, products = lane_rows(groups).view(np.int32), lane_rows(tries + 1), lane_rows(tries + 1)
+    lanes, grid = lane_rows(6), np.empty((6, parts.size), np.float32)
+    start, scale, best, gain, step, code = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
+    for first in range(0, count, per_tile):
+        load_tile(x, importance, first * blocks, count * blocks, xt, wt)
+        for lane in range(LANES):
+            start[lane] = ZERO
+            scale[lane] = ZERO
+            best[lane] = ZERO
+            gain[lane] = -ONE
+        for i in range(8 * groups):
+            for lane in range(LANES):
+                start[lane] += wt[i, lane] * xt[i, lane] * xt[i, lane]
+                scale[lane] += wt[i, lane]
+        for lane in range(LANES):
+            start[lane] = np.sqrt(start[lane] / scale[lane])
+        for t in range(tries):
+            if t < starts.size:
+                for lane in range(LANES):
+                    scale[lane] = start[lane] * starts[t]
+            else:
+                for lane in range(LANES):
+                    scale[lane] = best[lane]
+            measure(xt, wt, scale, span, book, codes, squares[t], products[t], work)
+            for lane in range(LANES):
+                a, b, old_gain, old_best = squares[t, lane], products[t, lane], gain[lane], best[lane]
+                s = b / max(a, TINY)
+                best[lane] = s if s * b > old_gain else old_best
+                gain[lane] = max(s * b, old_gain)
+        choose_steps(squares[:tries], products[:tries], blocks, parts, best, step, grid)
+        for lane in range(LANES):
+            s, d = best[lane], step[lane]
+            code[lane] = min(np.floor(HALF * s / max(d, TINY)), MOST)
+            scale[lane] = d * (TWO * code[lane] + ONE)
+        measure(xt, wt, scale, span, book, codes, squares[tries], products[tries], work)
+        refit_steps(blocks, code, squares[tries], products[tries], step)
+        for s in range(min(per_tile, count - first)):
+            steps[first + s] = step[s * blocks]
+            for j in range(blocks):
+                lane = s * blocks + j
+                scales[first + s, j] = np.uint8(code[lane])
+                for g in range(groups):
+                    c = codes[g, lane]
+                    up, down = c & np.int32(255), (c >> np.int32(8)) & np.int32(255)
+                    entries[first + s, j, g] = book.entry[3280 + book.powers[up] - book.powers[down]]
+                    shifts[first + s, j, g] = np.uint8(c >> np.int32(16))

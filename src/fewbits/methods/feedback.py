@@ -1,0 +1,76 @@
+"""Error feedback (GPTQ; Frantar et al., arXiv 2210.17323) within the scales that a codec's own search has found."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs import Codec
+from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.errors import FewbitsError
+from fewbits.kernels.feedback import round_columns
+from fewbits.methods.base import Factor, Method
+
+DAMPING = 0.01
+"""Added to the Hessian's diagonal, times its mean: what 16 thousand tokens say of directions is not the whole truth."""
+RETRIES = 6
+COLUMNS = 128
+"""Columns that are rounded before their errors reach the rest in one matrix product."""
+
+
+def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Factor:
+    """Prepare a Hessian, float32 [columns, columns]: the mean of x x^T over the tokens.
+
+    Raises:
+        FewbitsError: it is not positive, however much it is damped.
+    """
+    wide = hessian.astype(np.float64)
+    diagonal = wide.diagonal()
+    if not np.isfinite(wide).all() or diagonal.min() < 0:
+        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
+    order = np.argsort(-diagonal, kind="stable")
+    mean = float(diagonal.mean()) or 1.0
+    # with the order reversed, H = L L^T gives the wanted factor as the inverse of an upper triangle, reversed again
+    backward = wide[np.ix_(order[::-1], order[::-1])]
+    for attempt in range(RETRIES):
+        backward[np.diag_indices_from(backward)] = diagonal[order[::-1]] + damping * 10**attempt * mean
+        try:
+            lower = np.linalg.cholesky(backward)
+        except np.linalg.LinAlgError:
+            continue
+        return Factor(order, np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1], np.float32))
+    raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
+
+
+class Feedback(Method):
+    """Scales by the codec's search; then codes column by column, each error made up for by the columns to come."""
+
+    name = "feedback"
+    summary = "searches scales, then rounds column by column, passing errors on to the columns to come (GPTQ)"
+
+    @classmethod
+    def quantize(
+        cls,
+        weights: npt.NDArray[np.float32],
+        codec: type[Codec],
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        data = codec.encode(weights, importance)
+        scales = fixed_scales(codec)
+        if factor is None or scales is None:
+            return data
+        low, width = (np.ascontiguousarray(part.T[factor.order]) for part in scales.ranges(data))
+        left = np.ascontiguousarray(weights.T[factor.order])
+        codes = np.empty(left.shape, np.uint8)
+        errors = np.empty((COLUMNS, left.shape[1]), np.float32)
+        for start in range(0, left.shape[0], COLUMNS):
+            stop = min(start + COLUMNS, left.shape[0])
+            here = slice(start, stop)
+            part = np.ascontiguousarray(factor.upper[here, here])
+            now = errors[: stop - start]
+            round_columns(left[here], low[here], width[here], part, scales.levels, scales.uniform, codes[here], now)
+            left[stop:] -= factor.upper[here, stop:].T @ now
+        back = np.empty_like(codes)
+        back[factor.order] = codes
+        return scales.with_codes(data, np.ascontiguousarray(back.T))

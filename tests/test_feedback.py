@@ -1,0 +1,147 @@
+"""Error feedback within settled scales: codes in and out of blocks, the factor, what it gains, what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewbits
+from fewbits.calibration.run import calibrate
+from fewbits.checkpoint import GGUFCheckpoint
+from fewbits.codecs import CODECS, codec
+from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.errors import FewbitsError
+from fewbits.methods import Feedback, Search, factorize
+from tiny_models import save_tiny
+
+SINGLE = [name for name, kind in CODECS.items() if kind.code_bytes is not None]
+EVEN = {name for name in SINGLE if not name.startswith("IQ4")}
+COLUMNS = 256
+
+
+def correlated(columns: int = COLUMNS, tokens: int = 600) -> np.ndarray:
+    """float32 [tokens, columns]: inputs of which a few directions hold most."""
+    rng = np.random.default_rng(5)
+    basis = rng.normal(size=(columns, columns)) * np.geomspace(4, 0.1, columns)[:, None]
+    return (rng.normal(size=(tokens, columns)) @ basis / columns**0.5).astype(np.float32)
+
+
+def weights(rows: int = 24) -> np.ndarray:
+    return (np.random.default_rng(6).normal(size=(rows, COLUMNS)) * 0.02).astype(np.float32)
+
+
+def test_the_types_that_have_single_codes() -> None:
+    assert {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1"} == EVEN
+    assert set(SINGLE) - EVEN == {"IQ4_NL", "IQ4_XS"}
+    assert fixed_scales(codec("Q8_0")) is None and fixed_scales(codec("F16")) is None
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_codes_and_ranges_say_what_is_decoded(name: str) -> None:
+    scales = fixed_scales(codec(name))
+    assert scales is not None and scales.uniform == (name in EVEN)
+    data = codec(name).encode(weights())
+    codes = scales.codes(data)
+    np.testing.assert_array_equal(scales.with_codes(data, codes), data)
+    low, width = scales.ranges(data)
+    np.testing.assert_allclose(low + width * scales.levels[codes], codec(name).decode(data), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_any_codes_are_stored_and_scales_stay(name: str) -> None:
+    scales = fixed_scales(codec(name))
+    assert scales is not None
+    data = codec(name).encode(weights())
+    codes = np.random.default_rng(7).integers(0, scales.levels.size, size=(24, COLUMNS)).astype(np.uint8)
+    other = scales.with_codes(data, codes)
+    np.testing.assert_array_equal(scales.codes(other), codes)
+    for before, after in zip(scales.ranges(data), scales.ranges(other), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    inputs = correlated()
+    hessian = inputs.T @ inputs / len(inputs)
+    factor = factorize(hessian, damping=0.01)
+    assert (np.diff(hessian.diagonal()[factor.order]) <= 0).all()
+    damped = hessian[np.ix_(factor.order, factor.order)] + 0.01 * hessian.diagonal().mean() * np.eye(COLUMNS)
+    np.testing.assert_allclose(factor.upper.T @ factor.upper @ damped, np.eye(COLUMNS), atol=2e-3)
+    assert not np.tril(factor.upper, -1).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1.0])
+def test_a_hessian_that_is_none_is_refused(bad: float) -> None:
+    hessian = np.eye(8, dtype=np.float32)
+    hessian[3, 3] = bad
+    with pytest.raises(FewbitsError, match="finite and positive"):
+        factorize(hessian)
+
+
+def test_dead_columns_do_no_harm() -> None:
+    factor = factorize(np.zeros((COLUMNS, COLUMNS), np.float32))
+    np.testing.assert_array_equal(
+        Feedback.quantize(weights(), codec("Q4_0"), None, factor), codec("Q4_0").encode(weights())
+    )
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_outputs_come_nearer(name: str) -> None:
+    inputs, x = correlated(), weights()
+    hessian = inputs.T @ inputs / len(inputs)
+    importance = hessian.diagonal().copy()
+    factor = factorize(hessian)
+
+    def loss(data: np.ndarray) -> float:
+        return float(((inputs @ (codec(name).decode(data) - x).T) ** 2).mean())
+
+    searched = loss(Search.quantize(x, codec(name), importance))
+    assert loss(Feedback.quantize(x, codec(name), importance, factor)) < 0.8 * searched
+    # rows do not depend on each other; only the rounding of the matrix products may differ
+    parts = [Feedback.quantize(part, codec(name), importance, factor) for part in (x[:5], x[5:])]
+    assert abs(loss(np.concatenate(parts)) / loss(Feedback.quantize(x, codec(name), importance, factor)) - 1) < 0.01
+
+
+def test_codebooks_are_searched_as_before() -> None:
+    factor = factorize(np.eye(COLUMNS, dtype=np.float32))
+    np.testing.assert_array_equal(
+        Feedback.quantize(weights(), codec("IQ3_S"), None, factor), codec("IQ3_S").encode(weights())
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_quantize_with_hessians(tmp_path: Path, family: str) -> None:
+    model = save_tiny(tmp_path / family, family)
+    text = tmp_path / "text.txt"
+    words = ["the", "and", "other", "in", "winter", "banner", "hand", "tin", "θ", "inner"]
+    text.write_text(" ".join(np.random.default_rng(0).choice(words, 4000)), "utf-8")
+    calibrate(model, text, tmp_path / "s.gguf", chunks=6, hessians=tmp_path / "h")
+    made = {}
+    for name, folder in (("plain", None), ("fed", tmp_path / "h")):
+        out = tmp_path / f"{name}.gguf"
+        report = fewbits.quantize(model, "Q4_0", out, calibration=[tmp_path / "s.gguf"], hessians=folder)
+        made[name] = GGUFCheckpoint(out)
+        assert out.stat().st_size == report.size
+    assert "error feedback" in " ".join(report.notes)
+    changed = [
+        info.name
+        for info in made["fed"].tensors.values()
+        if (made["fed"].read(info.name) != made["plain"].read(info.name)).any()
+    ]
+    assert "blk.0.attn_q.weight" in changed
+    assert any("ffn_down" in name for name in changed)
+    assert not any(name.startswith(("token_embd", "output")) for name in changed)
+
+
+def test_hessians_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "llama", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text("the other winter banner " * 400, "utf-8")
+    calibrate(model, text, tmp_path / "s.gguf", chunks=1)
+    out = tmp_path / "x.gguf"
+    with pytest.raises(FewbitsError, match="no Hessian"):
+        fewbits.quantize(model, "Q4_0", out, calibration=[tmp_path / "s.gguf"], hessians=tmp_path / "none")
+    with pytest.raises(FewbitsError, match="statistics"):
+        fewbits.quantize(model, "Q4_0", out, hessians=tmp_path / "none")
+    assert not out.exists()
