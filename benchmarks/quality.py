@@ -1,10 +1,11 @@
-"""KL divergence of our files beside llama-quantize's, both measured in llama.cpp itself.
+"""KL divergence of our files beside llama-quantize's, all measured in llama.cpp itself.
 
     python benchmarks/quality.py MODEL --bin DIR --text wiki.test.raw [--calibration wiki.valid.raw] [--levels Q4_K_M]
 
-`--bin` is the folder with llama.cpp's tools. The reference is the model directory in float32; both files are made from
+`--bin` is the folder with llama.cpp's tools. The reference is the model directory in float32; all files are made from
 it (llama-quantize's from our unquantized conversion, so that only the quantizer differs). With `--calibration` each
-side makes its own importance matrix of the same windows: ours by `fewbits calibrate`, the peer's by llama-imatrix.
+side makes its own importance matrix of the same windows: ours by `fewbits calibrate`, the peer's by llama-imatrix; and
+ours is also made with the Hessians of these windows ("feedback").
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import fewbits
 from fewbits.measure.metrics import Comparison
@@ -21,7 +24,7 @@ LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
 def run(*command: str | Path | int) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[0]}: {done.stderr[-2000:]}")
 
@@ -39,6 +42,20 @@ def compared(path: Path, options: argparse.Namespace) -> Comparison:
     return report.comparison
 
 
+def calibrated(folder: Path, options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[str | Path]]:
+    """What each of our files is made with, and the peer's arguments."""
+    mine, theirs, hessians, half = (folder / n for n in ("ours.dat.gguf", "peer.gguf", "hessians", "half.gguf"))
+    text, chunks, threads = options.calibration, options.calibration_chunks, options.threads
+    fewbits.calibrate(options.model, text, mine, chunks=chunks, hessians=hessians, output_tensor=True, threads=threads)
+    fewbits.quantize(options.model, "F16", half)
+    tool = options.bin / "llama-imatrix"
+    run(tool, "-m", half, "-f", text, "-c", 512, "--chunks", chunks, "--no-ppl", "-o", theirs, "-t", threads)
+    half.unlink()
+    ours: dict[str, dict[str, Any]] = {"fewbits": {"calibration": [mine]}}
+    ours["fewbits, feedback"] = {"calibration": [mine], "hessians": hessians}
+    return ours, ["--imatrix", theirs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -52,37 +69,32 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source, mine, theirs = folder / "source.gguf", folder / "ours.imatrix.gguf", folder / "peer.imatrix.gguf"
+        source, out = folder / "source.gguf", folder / "made.gguf"
         fewbits.quantize(options.model, "COPY", source)
-        ours_with: tuple[Path, ...] = ()
-        peer_with: tuple[str | Path, ...] = ()
+        ours: dict[str, dict[str, Any]] = {"fewbits": {}}
+        peer_with: list[str | Path] = []
         if options.calibration:
-            chunks, threads = options.calibration_chunks, options.threads
-            fewbits.calibrate(
-                options.model, options.calibration, mine, chunks=chunks, threads=threads, output_tensor=True
-            )
-            half = folder / "half.gguf"
-            fewbits.quantize(options.model, "F16", half)
-            tool = options.bin / "llama-imatrix"
-            run(tool, "-m", half, "-f", options.calibration, "-c", 512, "--chunks", chunks, "--no-ppl", "-o", theirs,
-                "-t", threads)  # fmt: skip
-            half.unlink()
-            ours_with, peer_with = (mine,), ("--imatrix", theirs)
-        print("| level | bytes, ours | bytes, peer | KL, ours | KL, peer | ratio | same top, ours | same top, peer |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+            ours, peer_with = calibrated(folder, options)
+        print("| level | made by | bytes | seconds | KL divergence | ratio | same top |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for level in options.levels:
-            made = {"ours": folder / "ours.gguf", "peer": folder / "peer.gguf"}
-            fewbits.quantize(options.model, level, made["ours"], overwrite=True, calibration=ours_with)
-            run(options.bin / "llama-quantize", *peer_with, source, made["peer"], level, options.threads)
-            ours, peer = (compared(path, options) for path in made.values())
-            sizes = " | ".join(str(path.stat().st_size) for path in made.values())
-            print(
-                f"| {level} | {sizes} | {ours.kl.mean.value:.5f} ± {ours.kl.mean.high - ours.kl.mean.value:.5f} "
-                f"| {peer.kl.mean.value:.5f} ± {peer.kl.mean.high - peer.kl.mean.value:.5f} "
-                f"| {ours.kl.mean.value / peer.kl.mean.value:.3f} "
-                f"| {ours.same_top.value:.2%} | {peer.same_top.value:.2%} |",
-                flush=True,
-            )
+            peer = None
+            for maker in ("llama-quantize", *ours):
+                started = time.perf_counter()
+                if maker in ours:
+                    fewbits.quantize(options.model, level, out, threads=options.threads, overwrite=True, **ours[maker])
+                else:
+                    run(options.bin / "llama-quantize", *peer_with, source, out, level, options.threads)
+                seconds = time.perf_counter() - started
+                found = compared(out, options)
+                mean = found.kl.mean
+                peer = peer or mean.value
+                print(
+                    f"| {level} | {maker} | {out.stat().st_size} | {seconds:.1f} "
+                    f"| {mean.value:.5f} ± {mean.high - mean.value:.5f} | {mean.value / peer:.3f} "
+                    f"| {found.same_top.value:.2%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from fewbits.codecs import CODECS, codec
 from fewbits.errors import FewbitsError
 
 FLOATS = ("F32", "F16", "BF16")
-MADE = [name for name, kind in CODECS.items() if kind.makeable]
-BLOCKED = [name for name in MADE if name not in FLOATS]
+BLOCKED = [name for name in CODECS if name not in FLOATS]
 SEARCHED = [name for name in BLOCKED if CODECS[name].weighted]
-FOREIGN = [name for name, kind in CODECS.items() if not kind.makeable]
 LEVELS = {"Q8_0": 0.01, "Q6_K": 0.03, "Q5_K": 0.06, "Q5_1": 0.06, "Q5_0": 0.06, "Q4_K": 0.1, "Q4_1": 0.1, "Q4_0": 0.12}
 LEVELS |= {"Q3_K": 0.2, "Q2_K": 0.4}
 LEVELS |= {"IQ4_NL": 0.08, "IQ4_XS": 0.09, "MXFP4": 0.12, "NVFP4": 0.11}
 LEVELS |= {"IQ2_XXS": 0.34, "IQ2_XS": 0.3, "IQ2_S": 0.26, "IQ3_XXS": 0.19, "IQ3_S": 0.14}
+LEVELS |= {"IQ1_S": 0.46, "IQ1_M": 0.43, "TQ1_0": 0.45, "TQ2_0": 0.45, "Q1_0": 0.62, "Q2_0": 0.37}
 """Root mean square error of a normal variable that a working codec stays below, relative to its deviation."""
 
 
@@ -52,7 +51,8 @@ def test_decodes_bit_equal_to_gguf_py_and_libggml(name: str) -> None:
     x = matrix("heavy")
     rng = np.random.default_rng(1)
     for data in (kind.encode(x), random_blocks(name, rng)):
-        want = dequantize(data, GGMLQuantizationType[name])
+        # gguf-py does not decode Q1_0 and Q2_0
+        want = kind.decode(data) if name in ("Q1_0", "Q2_0") else dequantize(data, GGMLQuantizationType[name])
         np.testing.assert_array_equal(kind.decode(data), want)
         np.testing.assert_array_equal(kind.decode(data), ggml.to_float(name, data))
 
@@ -64,6 +64,7 @@ def random_blocks(name: str, rng: np.random.Generator) -> np.ndarray:
     data = rng.integers(0, 256, size=(rows, kind.nbytes((columns,))), dtype=np.uint8)
     template = kind.encode(matrix("normal", rows, columns, seed=3))
     half_fields = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210)}
+    half_fields |= {"IQ1_M": (48, 56), "TQ1_0": (52, 54), "TQ2_0": (64, 66)}
     wide = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
     start, stop = half_fields.get(name, (0, 4 if name in wide else 2))
     blocks, clean = data.reshape(-1, kind.block_bytes), template.reshape(-1, kind.block_bytes)
@@ -79,17 +80,6 @@ def test_floats_round_as_torch_does(name: str) -> None:
     want = torch.from_numpy(x).to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name])
     got = codec(name).decode(codec(name).encode(x.reshape(1, -1)))[0]
     np.testing.assert_array_equal(got, want.float().numpy())
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_types_are_read_not_made(name: str) -> None:
-    kind = codec(name)
-    rng = np.random.default_rng(0)
-    data = rng.integers(0, 100, size=(2, kind.nbytes((1024,))), dtype=np.uint8)
-    got, want = kind.decode(data), ggml.to_float(name, data)
-    np.testing.assert_array_equal(np.nan_to_num(got), np.nan_to_num(want))
-    with pytest.raises(FewbitsError, match="not made yet"):
-        kind.encode(np.zeros((1, 1024), np.float32))
 
 
 @pytest.mark.parametrize("name", BLOCKED)
@@ -138,7 +128,8 @@ def test_importance_moves_the_error(name: str) -> None:
     importance = np.where(np.arange(x.shape[1]) % 4 == 0, 100.0, 0.01).astype(np.float32)
     plain = weighted_error(x, codec(name).decode(codec(name).encode(x)), importance)
     weighted = weighted_error(x, codec(name).decode(codec(name).encode(x, importance)), importance)
-    assert weighted < 0.95 * plain
+    # where one scale is all there is to move, little is to be had
+    assert weighted < {"TQ1_0": 0.98, "TQ2_0": 0.98, "Q1_0": 0.98}.get(name, 0.95) * plain
 
 
 @pytest.mark.parametrize("name", BLOCKED)
@@ -170,6 +161,7 @@ def test_special_blocks_stay_finite(name: str, special: str) -> None:
         # steps are wide; range ends; no entry of a codebook has zeros beside its largest value
         few = {"MXFP4": 2300, "NVFP4": 7400, "IQ2_XXS": 5500, "IQ2_XS": 3700, "IQ2_S": 3700}
         few |= {"IQ3_XXS": 1600, "IQ3_S": 1600}
+        few |= {"IQ1_S": 2900, "IQ1_M": 1700, "Q1_0": 9950}
         assert abs(decoded[0, 5] - 1e4) < few.get(name, 700)
 
 

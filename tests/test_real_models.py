@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import fewbits
+from fewbits.codecs import CODECS
 from fewbits.plan import MixtureOptions
+from fewbits.plan.presets import FLOAT_TYPES
 
 pytestmark = [pytest.mark.engine, pytest.mark.shared]
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -48,6 +50,46 @@ def test_q4_k_m_loads_and_answers(name: str, test_models: Path, wheel_gguf: Path
     else:
         assert len(planned.fallbacks) > 100
         assert any("--no-fallback" in note for note in planned.notes)
+
+
+@pytest.fixture(scope="module")
+def statistics(test_models: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An importance matrix of smollm2-768, from very little text."""
+    out = tmp_path_factory.mktemp("calibrated") / "s.gguf"
+    text = shared_dir / "data" / "wikitext-2" / "wiki.valid.raw"
+    fewbits.calibrate(test_models / "smollm2-768", text, out, chunks=4, threads=1)
+    return out
+
+
+def test_llama_cpp_computes_with_every_type_what_we_compute(
+    test_models: Path, shared_dir: Path, statistics: Path, tmp_path: Path
+) -> None:
+    """One file with another type in each layer, so that every decoder of the engine has a say."""
+    kinds = sorted(name for name in CODECS if name not in FLOAT_TYPES)
+    assert len(kinds) == 25
+    options = MixtureOptions(tensor_types=[(rf"^blk\.{layer + 4}\.", kind) for layer, kind in enumerate(kinds)])
+    made = tmp_path / "x.gguf"
+    fewbits.quantize(test_models / "smollm2-768", "COPY", made, mixture=options, calibration=[statistics])
+    assert {tensor["dtype"] for tensor in fewbits.inspect(made).tensors} >= set(kinds)
+    text = shared_dir / "data" / "wikitext-2" / "wiki.test.raw"
+    ours, engines = (
+        fewbits.measure(made, text, chunks=2, engine=engine, threads=1).perplexity.value
+        for engine in ("torch", "llama.cpp")
+    )
+    # the engine rounds activations to 8 bits
+    assert engines == pytest.approx(ours, rel=0.05)
+
+
+@pytest.mark.parametrize("target", ["IQ4_XS", "IQ3_S", "IQ2_XS"])
+def test_calibrated_levels_speak(target: str, test_models: Path, statistics: Path, tmp_path: Path) -> None:
+    made = tmp_path / "x.gguf"
+    planned = fewbits.plan(test_models / "smollm2-768", target, output=made, calibration=[statistics])
+    assert (
+        planned.file_size == fewbits.quantize(test_models / "smollm2-768", target, made, calibration=[statistics]).size
+    )
+    text = goes_on(made, "The capital of France is")
+    assert len(text.split()) > 2
+    assert target == "IQ2_XS" or "Paris" in text or "France" in text
 
 
 def test_no_fallback_refuses(test_models: Path) -> None:

@@ -15,11 +15,10 @@ class _Row(BaseModel):
 
 
 class PresetRow(_Row):
-    """A target: its name, the bits per weight of a whole 8B model, whether its base type can be made."""
+    """A target: its name, the bits per weight of a whole 8B model, what to expect."""
 
     name: str
     bits_per_weight: float | None
-    makeable: bool
     summary: str
 
 
@@ -29,8 +28,8 @@ class CodecRow(_Row):
     name: str
     bits_per_weight: float
     block: int
-    makeable: bool
     weighted: bool
+    feedback: bool
 
 
 class MethodRow(_Row):
@@ -64,7 +63,6 @@ def capabilities() -> Capabilities:
             PresetRow(
                 name=preset.name,
                 bits_per_weight=preset.bits_per_weight,
-                makeable=all(CODECS[name].makeable for name in preset.types),
                 summary=preset.summary,
             )
             for preset in PRESETS.values()
@@ -74,8 +72,8 @@ def capabilities() -> Capabilities:
                 name=codec.name,
                 bits_per_weight=codec.bits_per_weight(),
                 block=codec.block,
-                makeable=codec.makeable,
                 weighted=codec.weighted,
+                feedback=codec.code_bytes is not None,
             )
             for codec in sorted(CODECS.values(), key=lambda c: (c.bits_per_weight(), c.name))
         ],

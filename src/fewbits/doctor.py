@@ -72,13 +72,11 @@ def _package(module: str, name: str, use: str) -> Check:
 def _kernels() -> Check:
     weights = np.random.default_rng(0).normal(size=(2, 512)).astype(np.float32)
     for codec in CODECS.values():
-        if not codec.makeable:
-            continue
         error = np.abs(codec.decode(codec.encode(weights)) - weights).max()
-        # even two bits keep a normal variable within two standard deviations of itself
-        if not error < 2:
+        # one bit with its scale keeps even the rarest of these normal variables within four standard deviations
+        if not error < 4:
             return Check(name="kernels", state="broken", detail=f"{codec.name} comes back with an error of {error}")
-    return Check(name="kernels", state="ok", detail=f"{sum(c.makeable for c in CODECS.values())} types round trip")
+    return Check(name="kernels", state="ok", detail=f"{len(CODECS)} types round trip")
 
 
 def _simd() -> str:

@@ -17,19 +17,13 @@ def command(json: o.Json = False) -> None:
         return
     stdout.print("Targets (fewbits quantize MODEL TARGET)", style="bold")
     table(
-        ["target", "bits per weight", "makes", "what it is"],
-        [
-            [p.name, f"{p.bits_per_weight:.2f}" if p.bits_per_weight else "", _yes(p.makeable), p.summary]
-            for p in found.presets
-        ],
+        ["target", "bits per weight", "what it is"],
+        [[p.name, f"{p.bits_per_weight:.2f}" if p.bits_per_weight else "", p.summary] for p in found.presets],
     )
     stdout.print("\nStorage types", style="bold")
     table(
-        ["type", "bits per weight", "block", "read", "make", "uses importance"],
-        [
-            [c.name, f"{c.bits_per_weight:g}", str(c.block), "yes", _yes(c.makeable), _yes(c.weighted)]
-            for c in found.codecs
-        ],
+        ["type", "bits per weight", "block", "uses importance", "error feedback"],
+        [[c.name, f"{c.bits_per_weight:g}", str(c.block), _yes(c.weighted), _yes(c.feedback)] for c in found.codecs],
     )
     stdout.print("\nMethods", style="bold")
     table(["method", "what it does"], [[m.name, m.summary] for m in found.methods])

@@ -1,9 +1,10 @@
 """Storage types: numbers <-> bits. Importing this package fills the registry."""
 
 from fewbits.codecs import (
+    few_levels,
     floats,
-    foreign,
     iquants_codebook,
+    iquants_ternary,
     kquants_asymmetric,
     kquants_symmetric,
     legacy_asymmetric,
@@ -18,9 +19,10 @@ __all__ = [
     "Codec",
     "Floats",
     "codec",
+    "few_levels",
     "floats",
-    "foreign",
     "iquants_codebook",
+    "iquants_ternary",
     "kquants_asymmetric",
     "kquants_symmetric",
     "legacy_asymmetric",

@@ -33,8 +33,6 @@ class Codec(ABC):
     """Whether `encode` makes use of importances."""
     code_bytes: ClassVar[slice | None] = None
     """Where in a block the codes stand, if each weight has one in bits of its own; scales stand elsewhere."""
-    makeable: ClassVar[bool] = True
-    """Whether `encode` exists; some types can only be read so far."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -15,11 +15,11 @@ from numba import njit
 from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.kernels.grids import grid
 from fewbits.kernels.lanes import EXACT, from_f16, get_f16, put_f16, to_f16, usable_importance
-from fewbits.kernels.ternary import Book, book, encode_grid_blocks
+from fewbits.kernels.ternary import TRIED, Book, book, encode_grid_blocks
 
 U8 = npt.NDArray[np.uint8]
 I16 = npt.NDArray[np.int16]
-PARTS = np.linspace(8, 18, 48, dtype=np.float32)
+PARTS = np.linspace(10, 17, TRIED, dtype=np.float32)
 """The odd numbers, whole or not, that are tried for the largest block scale; 15 is the largest there is."""
 GRID = "IQ1_S"
 SHIFT = np.float32(0.125)
@@ -58,7 +58,7 @@ def _decode_iq1_s(data: U8, grid: Floats, out: Floats) -> None:
 
 @njit(**EXACT)
 def _pack_iq1_m(entries: I16, shifts: U8, scales: U8, steps: Floats, out: U8) -> None:
-    """qs[32] (eight low bits of entries), qh[16] (two groups: 3 high bits, shift), scales[8] (3 bits each, d on top)."""
+    """qs[32] (eight low bits of entries), qh[16] (two groups: 3 high bits, shift), scales[8] (3 bits each, d above)."""
     for block in range(out.shape[0]):
         row = out[block]
         for k in range(32):
@@ -150,7 +150,7 @@ class IQ1_S(_TernaryGrid):
     name = "IQ1_S"
     block_bytes = 50
     blocks, groups, span = 8, 4, 4
-    starts, refits = (1.1, 1.4), 1
+    starts, refits = (1.1, 1.5), 1
     pack, unpack = staticmethod(_pack_iq1_s), staticmethod(_decode_iq1_s)
 
 
@@ -160,5 +160,5 @@ class IQ1_M(_TernaryGrid):
     name = "IQ1_M"
     block_bytes = 56
     blocks, groups, span = 16, 2, 1
-    starts, refits = (1.1, 1.4), 1
+    starts, refits = (1.1, 1.5), 1
     pack, unpack = staticmethod(_pack_iq1_m), staticmethod(_decode_iq1_m)

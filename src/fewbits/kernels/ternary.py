@@ -1,9 +1,10 @@
 """Search for types whose weights are three levels, -1, 0, 1 over a scale: free ones, and groups of 8 out of a grid.
 
-In a grid type the levels of a group are moved by a shift of an eighth up or down. Over a given scale and shift a
-weight's sign says which of -1 and 1 is the nearer: the other is never tried. That leaves 256 patterns, of which a
-table says which are in the grid, 116 to 149 of them. Their costs are sums of one out of 16 sums over the first four
-weights and one out of 16 over the last four: 16 masked minima of vectors of 16 find the least.
+In a grid type the levels of a group are moved by a shift of an eighth up or down. Where the pattern of nearest levels
+is in the grid, nothing is left to search. Where it is not: over a given scale and shift a weight's sign says which of
+-1 and 1 is the nearer, and the other is never tried, which costs 0.1 %. Of the 256 patterns left a table says which
+are in the grid. Their costs are sums of one out of 16 sums over the first four weights and one out of 16 over the last
+four: 16 masked minima of vectors of 16 find the least.
 """
 
 from __future__ import annotations
@@ -30,7 +31,19 @@ from fewbits.kernels.lanes import (
     round_f16,
     round_f16_lanes,
 )
-from fewbits.kernels.vectors import WIDTH, add, any_bits, both_bits, least, load, multiply, spread, spread_bits, store, subtract
+from fewbits.kernels.vectors import (
+    WIDTH,
+    add,
+    any_bits,
+    both_bits,
+    least,
+    load,
+    multiply,
+    spread,
+    spread_bits,
+    store,
+    subtract,
+)
 
 F32 = npt.NDArray[np.float32]
 I16 = npt.NDArray[np.int16]
@@ -41,6 +54,9 @@ ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32
 SHIFT = np.float32(0.125)
 WORST = np.float32(1e38)
 MARGIN = np.float32(1 + 2.0**-18)
+"""By more than sums are rounded."""
+TRIED = 32
+"""How many steps are tried for a super-block."""
 MOST = np.float32(7)
 """Codes of scales run from 0 to this."""
 
@@ -79,8 +95,10 @@ class Book(NamedTuple):
     """A grid of {-1, 0, 1}^8, laid out for the search."""
 
     allowed: U16
-    """Bit k of [signs, j]: whether bits j and k of the first and the last four weights, of 1 for those that take the
-    level with their sign (bits of `signs`: 1 for minus) and 0 for those that take 0, are in the grid."""
+    """[signs, j]: bit k tells whether the grid has the pattern of bits j of the first and k of the last four weights.
+
+    Weights whose bit is 1 are at the level of their sign (bits of `signs`: 1 for minus), others at 0. Every k has a j.
+    """
     powers: I16
     """Sum of the powers of three that the bits of a byte name: [256]."""
     entry: I16
@@ -154,8 +172,9 @@ def gains_of_ones(
 
 @njit(**FAST)
 def search_groups(
-    gains: F32, signs: I32, ones: I32, top: F32, allowed: U16, member: F32, names: I32, best: F32, places: I32, work: F32
-) -> None:
+    gains: F32, signs: I32, ones: I32, top: F32, best: F32,
+    allowed: U16, member: F32, names: I32, places: I32, sums: F32,
+) -> None:  # fmt: skip
     """Replaces what is nearest by the best pattern of the grid, where it is not in the grid itself.
 
     Args:
@@ -163,7 +182,7 @@ def search_groups(
         signs, ones, top, best: [groups, 128], see `gains_of_ones`; ones and best are replaced.
         allowed, member, names: of the `Book`, allowed flat.
         places: work, [129].
-        work: [3 * 16 * 16].
+        sums: work, [3 * 16 * 16].
     """
     low, high = spread_bits(np.int32(-256)), spread_bits(np.int32(-16))
     tags = names.view(np.float32)
@@ -174,6 +193,7 @@ def search_groups(
             places[count] = lane
             fits = np.int32(allowed[16 * signs[g, lane] + (m & np.int32(15))]) >> (m >> np.int32(4))
             count += np.int32(1) - (fits & np.int32(1))
+        # in loops of their own: what one stores, the next loads into all lanes or by a number
         for start in range(0, count, WIDTH):
             some = min(count - start, WIDTH)
             for n in range(some):
@@ -184,26 +204,29 @@ def search_groups(
                 for i in range(1, 4):
                     a = add(a, multiply(load(member, i * WIDTH), spread(gains[at + i * STRIDE])))
                     b = add(b, multiply(load(member, i * WIDTH), spread(gains[at + (i + 4) * STRIDE])))
+                # below zero, which stands for what is not in the grid
                 a = subtract(a, spread(top[g, lane]))
-                store(work, n * WIDTH, any_bits(both_bits(a, high), load(tags, 0)))
-                store(work, (WIDTH + n) * WIDTH, b)
+                store(sums, n * WIDTH, any_bits(both_bits(a, high), load(tags, 0)))
+                store(sums, (WIDTH + n) * WIDTH, b)
             for n in range(some):
-                row = 16 * signs[g, places[start + n]]
+                # unsigned: no index is looked at for being negative
+                row, at_first = np.uint32(16 * signs[g, places[start + n]]), np.uint32(n * WIDTH)
                 x, y = spread(ZERO), spread(ZERO)
-                for j in range(0, 16, 2):
-                    x = least(x, where_bits(allowed[row + j], spread(work[n * WIDTH + j])))
-                    y = least(y, where_bits(allowed[row + j + 1], spread(work[n * WIDTH + j + 1])))
+                for i in range(0, WIDTH, 2):
+                    even, odd = np.uint32(i), np.uint32(i + 1)
+                    x = least(x, where_bits(allowed[row + even], spread(sums[at_first + even])))
+                    y = least(y, where_bits(allowed[row + odd], spread(sums[at_first + odd])))
                 x = least(x, y)
-                store(work, (2 * WIDTH + n) * WIDTH, x)
-                total = add(x, load(work, (WIDTH + n) * WIDTH))
-                work[(WIDTH + n) * WIDTH] = lowest(any_bits(both_bits(total, low), load(tags, 0)))
+                store(sums, (2 * WIDTH + n) * WIDTH, x)
+                total = add(x, load(sums, (WIDTH + n) * WIDTH))
+                sums[(WIDTH + n) * WIDTH] = lowest(any_bits(both_bits(total, low), load(tags, 0)))
             for n in range(some):
                 lane = places[start + n]
-                found = np.float32(work[(WIDTH + n) * WIDTH])
-                k = found.view(np.int32) & np.int32(15)
-                j = np.float32(work[(2 * WIDTH + n) * WIDTH + k]).view(np.int32) & np.int32(15)
+                found = np.float32(sums[(WIDTH + n) * WIDTH])
+                last = found.view(np.int32) & np.int32(15)
+                first = np.float32(sums[(2 * WIDTH + n) * WIDTH + last]).view(np.int32) & np.int32(15)
                 best[g, lane] = found + top[g, lane]
-                ones[g, lane] = j | (k << np.int32(4))
+                ones[g, lane] = first | (last << np.int32(4))
 
 
 @njit(**INLINE)
@@ -220,6 +243,16 @@ def fit(xt: F32, wt: F32, codes: I32, square: F32, product: F32) -> None:
                 level = np.float32(up - down) + SHIFT - np.float32(c >> np.int32(16)) * (TWO * SHIFT)
                 square[lane] += w * level * level
                 product[lane] += w * level * x
+
+
+@njit(**INLINE)
+def add_up(best: F32, zeros: F32, g0: int, span: int, cost: F32) -> None:
+    """What the groups g0 to g0 + span - 1 cost together: cost [128]."""
+    for lane in range(LANES):
+        cost[lane] = ZERO
+    for g in range(g0, g0 + span):
+        for lane in range(LANES):
+            cost[lane] += best[g, lane] + zeros[g, lane]
 
 
 @njit(**FAST)
@@ -245,21 +278,23 @@ def measure(
     for down in range(2):
         shift, bit = SHIFT - np.float32(down) * TWO * SHIFT, np.int32(down << 16)
         gains_of_ones(xt, wt, scale, shift, gains, signs, ones, zeros, cost, top)
-        search_groups(flat, signs, ones, top, allowed, book.member, book.names, cost, places, sums)
+        if down:
+            for g0 in range(0, groups, span):
+                add_up(cost, zeros, g0, span, sums)
+                for g in range(g0, g0 + span):
+                    for lane in range(LANES):
+                        m = ones[g, lane]
+                        ones[g, lane] = m if sums[lane] < least_cost[g0, lane] else np.int32(0)
+        search_groups(flat, signs, ones, top, cost, allowed, book.member, book.names, places, sums)
         for g0 in range(0, groups, span):
-            for g in range(g0, g0 + span):
-                for lane in range(LANES):
-                    cost[g, lane] += zeros[g, lane]
-            for g in range(g0 + 1, g0 + span):
-                for lane in range(LANES):
-                    cost[g0, lane] += cost[g, lane]
+            add_up(cost, zeros, g0, span, sums)
             for g in range(g0, g0 + span):
                 for lane in range(LANES):
                     old, m, sign = codes[g, lane], ones[g, lane], signs[g, lane]
                     new = (m & ~sign) | ((m & sign) << np.int32(8)) | bit
-                    codes[g, lane] = new if (down == 0) | (cost[g0, lane] < least_cost[g0, lane]) else old
+                    codes[g, lane] = new if (down == 0) | (sums[lane] < least_cost[g0, lane]) else old
             for lane in range(LANES):
-                least_cost[g0, lane] = cost[g0, lane] if down == 0 else least_cost[g0, lane]
+                least_cost[g0, lane] = sums[lane]
     fit(xt, wt, codes, square, product)
 
 
@@ -272,10 +307,10 @@ def choose_steps(squares: F32, products: F32, blocks: int, parts: F32, best: F32
     Args:
         squares, products: [tries, 128], A and B.
         blocks: of a super-block.
-        parts: the odd numbers, whole or not, that are tried for the largest scale.
+        parts: [TRIED], the odd numbers, whole or not, that are tried for the largest scale.
         best: [128], the block's best scales.
         step: out, [128].
-        grid: work, [6, parts.size].
+        grid: work, [6, TRIED].
     """
     tried, miss, inverse, bits = grid[0], grid[1], grid[2], grid[3].view(np.int32)
     scales, error = grid[4], grid[5]
@@ -283,25 +318,25 @@ def choose_steps(squares: F32, products: F32, blocks: int, parts: F32, best: F32
         largest = ZERO
         for lane in range(lane0, lane0 + blocks):
             largest = max(largest, best[lane])
-        for k in range(parts.size):
+        for k in range(TRIED):
             tried[k] = min(largest / parts[k], F16_MAX)
             miss[k] = ZERO
         round_f16_lanes(tried, bits)
-        for k in range(parts.size):
+        for k in range(TRIED):
             inverse[k] = HALF / tried[k] if tried[k] > ZERO else ZERO
         for lane in range(lane0, lane0 + blocks):
             target = best[lane]
-            for k in range(parts.size):
-                scales[k] = tried[k] * (TWO * min(np.floor(target * inverse[k]), MOST) + ONE)
+            for k in range(TRIED):
+                scales[k] = tried[k] * (TWO * min(max(np.floor(target * inverse[k]), ZERO), MOST) + ONE)
                 error[k] = WORST
             for t in range(squares.shape[0]):
                 a, b = squares[t, lane], TWO * products[t, lane]
-                for k in range(parts.size):
+                for k in range(TRIED):
                     error[k] = min(error[k], scales[k] * (scales[k] * a - b))
-            for k in range(parts.size):
+            for k in range(TRIED):
                 miss[k] += error[k]
         choice, lowest_miss = tried[0], miss[0]
-        for k in range(1, parts.size):
+        for k in range(1, TRIED):
             choice = tried[k] if miss[k] < lowest_miss else choice
             lowest_miss = min(miss[k], lowest_miss)
         for lane in range(lane0, lane0 + blocks):
@@ -347,7 +382,7 @@ def encode_grid_blocks(
     xt, wt, work = lane_rows(8 * groups), lane_rows(8 * groups), lane_rows(14 * groups + 7)
     tries = starts.size + refits
     codes, squares, products = lane_rows(groups).view(np.int32), lane_rows(tries + 1), lane_rows(tries + 1)
-    lanes, grid = lane_rows(6), np.empty((6, parts.size), np.float32)
+    lanes, grid = lane_rows(6), np.empty((6, TRIED), np.float32)
     start, scale, best, gain, step, code = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
     for first in range(0, count, per_tile):
         load_tile(x, importance, first * blocks, count * blocks, xt, wt)
@@ -378,7 +413,7 @@ def encode_grid_blocks(
         choose_steps(squares[:tries], products[:tries], blocks, parts, best, step, grid)
         for lane in range(LANES):
             s, d = best[lane], step[lane]
-            code[lane] = min(np.floor(HALF * s / max(d, TINY)), MOST)
+            code[lane] = min(max(np.floor(HALF * s / max(d, TINY)), ZERO), MOST)
             scale[lane] = d * (TWO * code[lane] + ONE)
         measure(xt, wt, scale, span, book, codes, squares[tries], products[tries], work)
         refit_steps(blocks, code, squares[tries], products[tries], step)
@@ -392,3 +427,72 @@ def encode_grid_blocks(
                     up, down = c & np.int32(255), (c >> np.int32(8)) & np.int32(255)
                     entries[first + s, j, g] = book.entry[3280 + book.powers[up] - book.powers[down]]
                     shifts[first + s, j, g] = np.uint8(c >> np.int32(16))
+
+
+@njit(**FAST)
+def ternary_scales(x: F32, importance: F32, starts: F32, rounds: int, elements: int, scale: F32) -> None:
+    """The scale of each block with the least error of its multiples by -1, 0 and 1.
+
+    With the weights beyond half a scale at 1 or -1, the best scale is their weighted mean magnitude B / A. It moves
+    the threshold, so some rounds follow from the best of the starts.
+
+    Args:
+        x: flat, row-major [rows, columns].
+        importance: [columns].
+        starts: the multiples of a block's deviation that are tried as threshold.
+        rounds: how often half the best scale so far is tried thereafter.
+        elements: weights in a block.
+        scale: out, [blocks], representable in half precision.
+    """
+    xt, wt, lanes = lane_rows(elements), lane_rows(elements), lane_rows(6)
+    deviation, limit, lower, upper = lanes[0], lanes[1], lanes[2], lanes[3]
+    best, gain = lanes[4], lanes[5]
+    for first in range(0, scale.size, LANES):
+        load_tile(x, importance, first, scale.size, xt, wt)
+        for lane in range(LANES):
+            upper[lane] = ZERO
+            lower[lane] = ZERO
+            best[lane] = ZERO
+            gain[lane] = ZERO
+        for i in range(elements):
+            for lane in range(LANES):
+                upper[lane] += wt[i, lane] * xt[i, lane] * xt[i, lane]
+                lower[lane] += wt[i, lane]
+        for lane in range(LANES):
+            deviation[lane] = np.sqrt(upper[lane] / lower[lane])
+        for t in range(starts.size + rounds):
+            for lane in range(LANES):
+                upper[lane] = ZERO
+                lower[lane] = TINY
+                limit[lane] = deviation[lane] * starts[t] if t < starts.size else HALF * best[lane]
+            for i in range(elements):
+                for lane in range(LANES):
+                    v, w = abs(xt[i, lane]), wt[i, lane]
+                    w = w if v > limit[lane] else ZERO
+                    lower[lane] += w
+                    upper[lane] += w * v
+            for lane in range(LANES):
+                b, old_gain, old = upper[lane], gain[lane], best[lane]
+                s = b / lower[lane]
+                best[lane] = s if s * b > old_gain else old
+                gain[lane] = max(s * b, old_gain)
+        for lane in range(min(LANES, scale.size - first)):
+            scale[first + lane] = round_f16(min(best[lane], F16_MAX))
+
+
+@njit(**FAST)
+def mean_magnitudes(x: F32, importance: F32, elements: int, scale: F32) -> None:
+    """The weighted mean magnitude of each block, the best scale of signs: scale [blocks], in half precision."""
+    xt, wt, lanes = lane_rows(elements), lane_rows(elements), lane_rows(2)
+    upper, lower = lanes[0], lanes[1]
+    for first in range(0, scale.size, LANES):
+        load_tile(x, importance, first, scale.size, xt, wt)
+        for lane in range(LANES):
+            upper[lane] = ZERO
+            lower[lane] = ZERO
+        for i in range(elements):
+            for lane in range(LANES):
+                upper[lane] += wt[i, lane] * abs(xt[i, lane])
+                lower[lane] += wt[i, lane]
+        for lane in range(min(LANES, scale.size - first)):
+            scale[first + lane] = round_f16(min(upper[lane] / lower[lane], F16_MAX))

@@ -24,7 +24,7 @@ from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.learned import Learned
-from fewbits.quantize.planning import refuse_unmakeable, shards_of
+from fewbits.quantize.planning import shards_of
 
 try:
     import resource
@@ -55,9 +55,8 @@ def check(plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False)
     """The files of a plan, once nothing is known that would keep them from being made.
 
     Raises:
-        FewbitsError: the output exists, the disk is full, a type cannot be made yet.
+        FewbitsError: the output exists, or the disk is full.
     """
-    refuse_unmakeable(plan)
     shards = shards_of(plan, source.metadata, output)
     for shard in shards:
         check_output(shard.path, overwrite)
@@ -82,7 +81,7 @@ def execute(
         threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
 
     Raises:
-        FewbitsError: the output exists, the disk is full, a weight is NaN or infinite, a type cannot be made yet.
+        FewbitsError: the output exists, the disk is full, a weight is NaN or infinite.
     """
     started = time.monotonic()
     shards = check(plan, source, output, overwrite)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fewbits.codecs import codec
-from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import Shard, TensorEntry, lay_out
 from fewbits.plan import MixtureOptions, Plan, PlannedFile, apply_edits, plan_tensors, preset
@@ -94,17 +92,3 @@ def shards_of(plan: Plan, metadata: Mapping[str, Any], output: Path) -> list[Sha
         keys["general.file_type"] = file_type
     entries = [TensorEntry(t.name, tuple(t.shape), t.codec, t.nbytes) for t in plan.tensors]
     return lay_out(output, {**metadata, **keys}, entries, plan.split_max_size)
-
-
-def refuse_unmakeable(plan: Plan) -> None:
-    """Refuse a plan that names a type which can be read but not made yet.
-
-    Raises:
-        FewbitsError: names the type and the first tensor that wants it.
-    """
-    for tensor in plan.tensors:
-        if tensor.method != "copy" and not codec(tensor.codec).makeable:
-            raise FewbitsError(
-                f"{plan.target}: tensor {tensor.name!r} wants {tensor.codec}, which can be read but not made yet.",
-                "`fewbits list` shows the targets that can be made.",
-            )
