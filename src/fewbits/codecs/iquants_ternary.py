@@ -150,7 +150,7 @@ class IQ1_S(_TernaryGrid):
     name = "IQ1_S"
     block_bytes = 50
     blocks, groups, span = 8, 4, 4
-    starts, refits = (1.1, 1.5), 1
+    starts, refits = (1.1, 1.5, 2.0), 0
     pack, unpack = staticmethod(_pack_iq1_s), staticmethod(_decode_iq1_s)
 
 
@@ -160,5 +160,5 @@ class IQ1_M(_TernaryGrid):
     name = "IQ1_M"
     block_bytes = 56
     blocks, groups, span = 16, 2, 1
-    starts, refits = (1.1, 1.5), 1
+    starts, refits = (1.1, 1.5, 2.0), 0
     pack, unpack = staticmethod(_pack_iq1_m), staticmethod(_decode_iq1_m)
