@@ -62,6 +62,29 @@ def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def stored_under(folder: str | Path, name: str) -> tuple[Path, str]:
+    """The file with the Hessian of a weight, and the name it has there: weights with the same input share one.
+
+    Args:
+        name: GGUF name of the weight.
+
+    Raises:
+        FewbitsError: there is none, or the file is damaged.
+    """
+    match = re.match(r"blk\.(\d+)\.", name)
+    path = block_file(Path(folder), int(match[1])) if match else Path(folder)
+    if not match or not path.is_file():
+        raise FewbitsError(f"{folder}: there is no Hessian of {name}.", "Make it with `fewbits calibrate --hessians`.")
+    try:
+        with safe_open(path, "numpy") as file:
+            stored = json.loads((file.metadata() or {}).get("same", "{}")).get(name)
+    except (SafetensorError, ValueError, AttributeError, OSError) as error:
+        raise FewbitsError(f"{path}: cannot be read ({error}).", "Make it again.") from None
+    if not isinstance(stored, str):
+        raise FewbitsError(f"{path}: there is no Hessian of {name}.", "It was made from another model.")
+    return path, stored
+
+
 def read_hessian(folder: str | Path, name: str) -> tuple[Floats, Floats]:
     """The Hessian of one weight.
 
@@ -75,17 +98,11 @@ def read_hessian(folder: str | Path, name: str) -> tuple[Floats, Floats]:
     Raises:
         FewbitsError: there is none, or the file is damaged.
     """
-    match = re.match(r"blk\.(\d+)\.", name)
-    path = block_file(Path(folder), int(match[1])) if match else Path(folder)
-    if not match or not path.is_file():
-        raise FewbitsError(f"{folder}: there is no Hessian of {name}.", "Make it with `fewbits calibrate --hessians`.")
+    path, stored = stored_under(folder, name)
     try:
         with safe_open(path, "numpy") as file:
-            stored = json.loads((file.metadata() or {}).get("same", "{}")).get(name)
-            if stored is None:
-                raise FewbitsError(f"{path}: there is no Hessian of {name}.", "It was made from another model.")
             hessian, counts = file.get_tensor(stored), file.get_tensor(f"{stored}.counts")
-    except (SafetensorError, ValueError, AttributeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise FewbitsError(f"{path}: cannot be read ({error}).", "Make it again.") from None
     columns = hessian.shape[-1] if hessian.ndim else 0
     if hessian.size != counts.size * columns * columns or not np.isfinite(hessian).all():

@@ -24,21 +24,24 @@ def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Fac
     Raises:
         FewbitsError: it is not positive, however much it is damped.
     """
-    wide = hessian.astype(np.float64)
-    diagonal = wide.diagonal()
-    if not np.isfinite(wide).all() or diagonal.min() < 0:
+    import torch  # takes a second, which methods that need no Hessian do without
+
+    diagonal = hessian.diagonal().astype(np.float64)
+    if not np.isfinite(hessian).all() or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     order = np.argsort(-diagonal, kind="stable")
     mean = float(diagonal.mean()) or 1.0
     # with the order reversed, H = L L^T gives the wanted factor as the inverse of an upper triangle, reversed again
-    backward = wide[np.ix_(order[::-1], order[::-1])]
+    back = order[::-1].copy()
+    backward = torch.from_numpy(hessian[np.ix_(back, back)].astype(np.float64))
     for attempt in range(RETRIES):
-        backward[np.diag_indices_from(backward)] = diagonal[order[::-1]] + damping * 10**attempt * mean
-        try:
-            lower = np.linalg.cholesky(backward)
-        except np.linalg.LinAlgError:
+        backward.diagonal().copy_(torch.from_numpy(diagonal[back] + damping * 10**attempt * mean))
+        lower, failed = torch.linalg.cholesky_ex(backward)
+        if failed:
             continue
-        return Factor(order, np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1], np.float32))
+        identity = torch.eye(order.size, dtype=torch.float64)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return Factor(order, np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32))
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
