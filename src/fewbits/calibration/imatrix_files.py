@@ -154,7 +154,7 @@ def _read_dat(path: Path) -> Statistics:
             raise FewbitsError(f"{path}: {name} stands there twice.", DAMAGED)
         # some writers leave the number of windows at 0 and give the values themselves: then one token counts as seen
         rows = calls * LEGACY_CHUNK or 1
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             sums = values * np.float32(LEGACY_CHUNK if calls else 1)
         tensors[name] = _checked(path, name, sums, np.array([rows], np.float32))
     chunks, datasets = 0, []
