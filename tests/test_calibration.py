@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.calibration import Statistics, TensorStatistics, read_statistics, resume, write_statistics
-from fewbits.calibration.hessians import read_hessian
+from fewbits.calibration.hessians import open_block
 from fewbits.calibration.run import calibrate
 from fewbits.calibration.texts import read_texts
 from fewbits.errors import FewbitsError
@@ -349,9 +349,10 @@ def test_sums_and_hessians_are_those_of_the_whole_model(
         assert tensors[tensor].counts == [CONTEXT * CHUNKS]
         np.testing.assert_allclose(tensors[tensor].sums[0], (x**2).sum(0), rtol=2e-4)
         if tensor != head:
-            hessian, counts = read_hessian(tmp_path / "h", tensor)
-            assert counts == [CONTEXT * CHUNKS]
-            np.testing.assert_allclose(hessian[0], x.T @ x / len(x), rtol=1e-3, atol=1e-4 * (x**2).mean())
+            known = open_block(tmp_path / "h", int(tensor.split(".")[1]))
+            assert known.counts[known.same[tensor]] == [CONTEXT * CHUNKS]
+            assert known.texts == found.statistics.texts_sha256
+            np.testing.assert_allclose(known.read(tensor), x.T @ x / len(x), rtol=1e-3, atol=1e-4 * (x**2).mean())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
@@ -362,14 +363,17 @@ def test_every_expert_has_its_own_sums(tmp_path: Path, text: Path, name: str) ->
     for block in range(2):
         for kind, parameter in EXPERTS.items():
             tensor = found.statistics.tensors[f"blk.{block}.{kind}.weight"]
-            hessian, counts = read_hessian(tmp_path / "h", f"blk.{block}.{kind}.weight")
-            assert tensor.counts.sum() == 2 * CONTEXT * CHUNKS and (counts == tensor.counts).all()
+            known, weight = open_block(tmp_path / "h", block), f"blk.{block}.{kind}.weight"
+            assert tensor.counts.sum() == 2 * CONTEXT * CHUNKS
+            assert (known.counts[known.same[weight]] == tensor.counts).all()
             for expert in range(4):
                 x = seen.get(f"model.layers.{block}.mlp.experts.{parameter}.{expert}", np.zeros((0, tensor.shape[1])))
                 assert tensor.counts[expert] == len(x)
                 np.testing.assert_allclose(tensor.sums[expert], (x**2).sum(0), rtol=1e-3, atol=1e-6)
                 mean = x.T @ x / max(1, len(x))
-                np.testing.assert_allclose(hessian[expert], mean, rtol=1e-3, atol=1e-3 * max(1e-9, mean.max()))
+                np.testing.assert_allclose(
+                    known.read(weight, expert), mean, rtol=1e-3, atol=1e-3 * max(1e-9, mean.max())
+                )
     assert len(found.report.experts) == 2 and sum(found.report.experts[0].counts) == 2 * CONTEXT * CHUNKS
 
 
@@ -435,8 +439,44 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert done.report.resumed_after == after
     assert parts.read_bytes() == whole.read_bytes()
     for file in (tmp_path / "h-whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "h" / file.name).read_bytes()
+        # the folder's name is part of a run's identity
+        runs = [open_block(tmp_path / h, int(file.name.split(".")[1])).run.encode() for h in ("h-whole", "h")]
+        assert file.read_bytes().replace(*runs) == (tmp_path / "h" / file.name).read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_hessians_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two interrupted runs share the folder of Hessians: each finds out that what lies there is not its own."""
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(resume, "SAVING_SHARE", 1.0)
+    folder = save_tiny(tmp_path / "model", "llama", {"num_hidden_layers": 4})
+    other = tmp_path / "other.txt"
+    other.write_text("winter banner tin " * 300, "utf-8")
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2 and what == "decoder blocks":
+            raise Stop
+
+    options = {"context": CONTEXT, "chunks": CHUNKS, "hessians": tmp_path / "h", "threads": 1}
+    for source, name in ((text, "a"), (other, "b")):
+        with pytest.raises(Stop):
+            calibrate(folder, source, tmp_path / name, progress=stop, **options)
+    found = calibrate(folder, text, tmp_path / "a", **options)
+    for block in range(4):
+        weight = f"blk.{block}.attn_q.weight"
+        sums = found.statistics.tensors[weight].sums[0] / (CONTEXT * CHUNKS)
+        np.testing.assert_allclose(open_block(tmp_path / "h", block).read(weight).diagonal(), sums, rtol=1e-4)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path, text: Path, tiny: Path) -> None:
+    (tmp_path / "s.gguf.partial").write_text("mine")
+    with pytest.raises(FewbitsError, match="in the way"):
+        calibrate(tiny, text, tmp_path / "s.gguf", context=CONTEXT, chunks=1)
 
 
 def test_a_damaged_state_means_beginning_anew(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,7 +534,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path, text: Path, tiny: Path) -> 
     with pytest.raises(FewbitsError, match="nothing to calibrate"):
         calibrate(tiny)
     with pytest.raises(FewbitsError, match="no Hessian"):
-        read_hessian(tmp_path, "blk.0.attn_q.weight")
+        open_block(tmp_path, 0)
 
 
 def test_the_verb(tmp_path: Path, text: Path, tiny: Path) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import fewbits
+from fewbits.calibration import read_statistics, write_statistics
+from fewbits.calibration.hessians import open_block
 from fewbits.calibration.run import calibrate
 from fewbits.checkpoint import GGUFCheckpoint
 from fewbits.codecs import CODECS, codec
@@ -134,14 +136,85 @@ def test_quantize_with_hessians(tmp_path: Path, family: str) -> None:
     assert not any(name.startswith(("token_embd", "output")) for name in changed)
 
 
-def test_hessians_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "llama", "llama")
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Path:
+    """A folder with a tiny mixture of experts `model`, its text, statistics `s.gguf` and Hessians `h`."""
+    model = save_tiny(tmp_path / "model", "mixtral")
     text = tmp_path / "text.txt"
-    text.write_text("the other winter banner " * 400, "utf-8")
-    calibrate(model, text, tmp_path / "s.gguf", chunks=1)
-    out = tmp_path / "x.gguf"
-    with pytest.raises(FewbitsError, match="no Hessian"):
-        fewbits.quantize(model, "Q4_0", out, calibration=[tmp_path / "s.gguf"], hessians=tmp_path / "none")
-    with pytest.raises(FewbitsError, match="statistics"):
-        fewbits.quantize(model, "Q4_0", out, hessians=tmp_path / "none")
+    words = ["the", "and", "other", "in", "winter", "banner", "hand", "tin", "θ", "inner"]
+    text.write_text(" ".join(np.random.default_rng(0).choice(words, 4000)), "utf-8")
+    calibrate(model, text, tmp_path / "s.gguf", chunks=6, hessians=tmp_path / "h")
+    return tmp_path
+
+
+def test_hessians_that_do_not_fit_are_refused_before_anything_is_done(calibrated: Path) -> None:
+    model, out, s = calibrated / "model", calibrated / "x.gguf", calibrated / "s.gguf"
+    for make in (fewbits.plan, lambda m, t, **o: fewbits.quantize(m, t, out, **o)):
+        with pytest.raises(FewbitsError, match="no Hessian"):
+            make(model, "Q4_0", calibration=s, hessians=calibrated / "none")
+        with pytest.raises(FewbitsError, match="statistics"):
+            make(model, "Q4_0", hessians=calibrated / "h")
+        with pytest.raises(FewbitsError, match="does not fit"):
+            llama = save_tiny(calibrated / "other", "llama", {"intermediate_size": 160})
+            calibrate(llama, calibrated / "text.txt", calibrated / "o.gguf", chunks=1, overwrite=True)
+            changed = {"num_local_experts": 2}
+            calibrate(
+                save_tiny(calibrated / "two", "mixtral", changed),
+                *(calibrated / "text.txt", calibrated / "t.gguf"),
+                chunks=1,
+                hessians=calibrated / "h2",
+                overwrite=True,
+            )
+            make(model, "Q4_0", calibration=s, hessians=calibrated / "h2")
     assert not out.exists()
+
+
+def test_hessians_of_other_texts_than_the_statistics_are_refused(calibrated: Path) -> None:
+    other = calibrated / "other.txt"
+    other.write_text("winter banner tin " * 700, "utf-8")
+    calibrate(calibrated / "model", other, calibrated / "o.gguf", chunks=1)
+    with pytest.raises(FewbitsError, match="other texts"):
+        fewbits.plan(calibrated / "model", "Q4_0", calibration=calibrated / "o.gguf", hessians=calibrated / "h")
+
+
+def test_each_expert_is_fed_back_by_its_own_hessian_without_statistics_too(calibrated: Path) -> None:
+    name = "blk.0.ffn_down_exps.weight"
+    known = open_block(calibrated / "h", 0)
+    statistics = read_statistics(calibrated / "s.gguf")
+    del statistics.tensors[name]
+    write_statistics(statistics, calibrated / "less.gguf")
+    losses = {}
+    for case, hessians in (("searched", None), ("fed", calibrated / "h")):
+        out = calibrated / f"{case}.gguf"
+        fewbits.quantize(calibrated / "model", "Q4_0", out, calibration=calibrated / "less.gguf", hessians=hessians)
+        fewbits.quantize(calibrated / "model", "F32", calibrated / "f.gguf", overwrite=True)
+        wrong = GGUFCheckpoint(out).read(name) - GGUFCheckpoint(calibrated / "f.gguf").read(name)
+        losses[case] = [float(np.einsum("ij,jk,ik", d, known.read(name, e), d)) for e, d in enumerate(wrong)]
+    assert all(fed < 0.7 * searched for fed, searched in zip(losses["fed"], losses["searched"], strict=True))
+
+
+def test_few_tokens_are_not_fed_back(calibrated: Path) -> None:
+    calibrate(
+        *(calibrated / "model", calibrated / "text.txt", calibrated / "few.gguf"),
+        context=16,
+        chunks=2,
+        hessians=calibrated / "few",
+    )
+    options = {"calibration": calibrated / "few.gguf"}
+    notes = fewbits.quantize(
+        calibrated / "model", "Q4_0", calibrated / "fed.gguf", hessians=calibrated / "few", **options
+    ).notes
+    assert any("fewer tokens than they have columns" in note for note in notes)
+    fewbits.quantize(calibrated / "model", "Q4_0", calibrated / "plain.gguf", **options)
+    assert (calibrated / "fed.gguf").read_bytes() == (calibrated / "plain.gguf").read_bytes()
+
+
+def test_a_plan_that_asks_for_feedback_needs_hessians(calibrated: Path) -> None:
+    options = {"calibration": calibrated / "s.gguf"}
+    saved = calibrated / "plan.json"
+    fewbits.plan(calibrated / "model", "Q4_0", hessians=calibrated / "h", **options).save(saved)
+    with pytest.raises(FewbitsError, match="asks for error feedback"):
+        fewbits.quantize(calibrated / "model", "Q4_0", calibrated / "x.gguf", edited=saved, **options)
+    fewbits.quantize(
+        calibrated / "model", "Q4_0", calibrated / "x.gguf", edited=saved, hessians=calibrated / "h", **options
+    )

@@ -83,7 +83,8 @@ def test_a_text_is_run_first_and_its_statistics_are_kept(tmp_path: Path, tiny: P
     again = tmp_path / "y.gguf"
     fewbits.quantize(tiny, "Q4_0", again, calibration=[kept])
     assert again.read_bytes()[-4096:] == out.read_bytes()[-4096:]
-    with pytest.raises(FewbitsError, match=r"x\.gguf.*exists"):
+    out.unlink()
+    with pytest.raises(FewbitsError, match=r"--calibration .*x\.imatrix\.gguf"):
         fewbits.quantize(tiny, "Q4_0", out, calibration=[text])
 
 
@@ -94,6 +95,21 @@ def test_what_would_be_refused_is_refused_before_calibrating(tmp_path: Path, tin
         options = MixtureOptions(no_fallback=True)
         fewbits.quantize(tiny, "Q4_K_M", tmp_path / "x.gguf", mixture=options, calibration=[text])
     assert not list(tmp_path.iterdir())
+
+
+def test_targets_without_use_for_calibration_say_so(tmp_path: Path, tiny: Path, text: Path) -> None:
+    for calibration in (text, [text]):
+        report = fewbits.quantize(tiny, "Q8_0", tmp_path / "x.gguf", calibration=calibration, overwrite=True)
+    assert any("no use for calibration" in note for note in report.notes)
+    assert not any(key.startswith("quantize.") for key in GGUFCheckpoint(tmp_path / "x.gguf").metadata)
+    assert not (tmp_path / "x.imatrix.gguf").exists()
+
+
+def test_statistics_are_told_by_their_first_bytes(tmp_path: Path, tiny: Path, statistics: Path) -> None:
+    old = tmp_path / "old.imatrix"
+    write_statistics(read_statistics(statistics), old, "dat")
+    notes = fewbits.plan(tiny, "Q4_0", calibration=old).notes
+    assert notes == fewbits.plan(tiny, "Q4_0", calibration=statistics).notes
 
 
 def test_every_expert_gets_its_own_importances(tmp_path: Path, experts: Path, text: Path) -> None:
@@ -161,7 +177,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path, tiny: Path, sta
 
 def test_the_calibration_text_measures_nothing(tmp_path: Path, tiny: Path, statistics: Path, text: Path) -> None:
     out = tmp_path / "x.gguf"
-    fewbits.quantize(tiny, "Q8_0", out, calibration=[statistics])
+    fewbits.quantize(tiny, "Q4_0", out, calibration=[statistics])
     with pytest.raises(FewbitsError, match="was calibrated on"):
         fewbits.measure(out, text, chunks=1, context=64)
     assert fewbits.measure(out, write_text(tmp_path / "t.txt", 1), chunks=1, context=64).n_windows == 1

@@ -29,7 +29,7 @@ from fewbits.quantize import (
     with_provenance,
 )
 from fewbits.quantize.hessians import Factors, with_feedback
-from fewbits.quantize.importances import Importances, Progress
+from fewbits.quantize.importances import Importances, Progress, uses_importances
 from fewbits.quantize.learned import Learned
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
@@ -129,7 +129,7 @@ def plan(
     split_max_size: int | None = None,
     edited: str | Path | None = None,
     pre_tokenizer: str | None = None,
-    calibration: Sequence[str | Path] = (),
+    calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
 ) -> Plan:
@@ -156,8 +156,8 @@ def plan(
         _refuse_lone_hessians(hessians)
         return make_plan(prepared, request)
     final = final or default_output(prepared.path, target)
-    statistics, file = statistics_for(source, [Path(c) for c in calibration], final, calibration_chunks, run=False)
-    return _calibrated(prepared, request, statistics, file, hessians)[1]
+    statistics, file = statistics_for(source, _paths(calibration), final, calibration_chunks, overwrite=True, run=False)
+    return _calibrated(prepared, request, statistics, file, Factors(Path(hessians)) if hessians else None)[1]
 
 
 def _refuse_lone_hessians(hessians: str | Path | None) -> None:
@@ -168,17 +168,21 @@ def _refuse_lone_hessians(hessians: str | Path | None) -> None:
 
 
 def _calibrated(
-    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path, hessians: str | Path | None
-) -> tuple[GGUFSource, Plan, Importances]:
-    """What `execute` needs, with statistics; where those are only promised, no importances."""
-    source = with_provenance(source, statistics, file)
-    made = make_plan(source, replace(request, mixture=replace(request.mixture, has_imatrix=True)))
-    if hessians:
-        made = with_feedback(made)
+    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path, factors: Factors | None
+) -> tuple[GGUFSource, Plan, Importances | None]:
+    """What `execute` needs, with statistics. Importances are empty where those are only promised, None where the
+    target has no use for them."""
+    told = with_provenance(source, statistics, file)
+    made = make_plan(told, replace(request, mixture=replace(request.mixture, has_imatrix=True)))
+    if not any(uses_importances(tensor) for tensor in made.tensors):
+        made = make_plan(source, request)
+        return source, made.model_copy(update={"notes": [*made.notes, "this target has no use for calibration"]}), None
+    if factors:
+        made = with_feedback(made, factors, statistics.texts_sha256)
     if not statistics.tensors:
-        return source, made, {}
+        return told, made, {}
     importances, notes = importances_of(made, statistics, file)
-    return source, made.model_copy(update={"notes": [*made.notes, *notes]}), importances
+    return told, made.model_copy(update={"notes": [*made.notes, *notes]}), importances
 
 
 def quantize(
@@ -193,7 +197,7 @@ def quantize(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    calibration: Sequence[str | Path] = (),
+    calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
 ) -> QuantizeReport:
@@ -210,12 +214,16 @@ def quantize(
     if not calibration:
         _refuse_lone_hessians(hessians)
         return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
-    paths = [Path(c) for c in calibration]
+    paths, factors = _paths(calibration), Factors(Path(hessians)) if hessians else None
     # whatever would refuse the result should do so before hours of calibration
-    promised, file = statistics_for(source, paths, final, calibration_chunks, run=False)
-    checked, made, _ = _calibrated(prepared, request, promised, file, hessians)
-    check(made, checked, final, overwrite)
-    statistics, file = statistics_for(source, paths, final, calibration_chunks, threads, overwrite, progress)
-    prepared, made, importances = _calibrated(prepared, request, statistics, file, hessians)
-    learned = Learned(importances, Factors(Path(hessians)) if hessians else None)
-    return execute(made, prepared, final, threads, overwrite, progress, learned)
+    statistics, file = statistics_for(source, paths, final, calibration_chunks, overwrite=overwrite, run=False)
+    ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
+    check(made, ready, final, overwrite, Learned({}, factors))
+    if importances is not None and not statistics.tensors:
+        statistics, file = statistics_for(source, paths, final, calibration_chunks, threads, overwrite, progress)
+        ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
+    return execute(made, ready, final, threads, overwrite, progress, Learned(importances or {}, factors))
+
+
+def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]

@@ -2,7 +2,8 @@
 
 `blk.0.safetensors` holds, for each distinct input of the block, under the GGUF name of the first weight that gets it,
 the mean of x x^T over the tokens: F32 [columns, columns], or [experts, columns, columns]; and `NAME.counts` F32
-[experts], the tokens seen. The header's `same` says which weights share an input: a JSON object, weight -> stored name.
+[experts], the tokens seen. The header's `fewbits` is a JSON object: `same` says which weights share an input (weight ->
+stored name), `texts` the SHA-256 of each text, `run` which calibration made the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,12 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"blk.{block}.safetensors"
 
 
-def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs]) -> None:
+def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs], run: str, texts: Sequence[str]) -> None:
     """Write the Hessians of one block; the file appears whole or not at all.
+
+    Args:
+        run: identity of the calibration.
+        texts: SHA-256 of each text.
 
     Raises:
         FewbitsError: it cannot be written.
@@ -52,7 +58,7 @@ def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs]) -> None:
     final = block_file(folder, block)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, {"same": json.dumps(same)})
+        save_file(tensors, partial, {"fewbits": json.dumps({"same": same, "texts": list(texts), "run": run})})
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:
         raise FewbitsError(
@@ -62,52 +68,66 @@ def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def stored_under(folder: str | Path, name: str) -> tuple[Path, str]:
-    """The file with the Hessian of a weight, and the name it has there: weights with the same input share one.
+@dataclass(frozen=True)
+class BlockHessians:
+    """The header of one block's file.
 
-    Args:
-        name: GGUF name of the weight.
+    Attributes:
+        same: weight -> the name under which its Hessian is stored.
+        shapes: by stored name, [columns, columns] or [experts, columns, columns].
+        counts: by stored name, tokens seen: float32 [experts].
+    """
+
+    path: Path
+    run: str
+    texts: list[str]
+    same: dict[str, str]
+    shapes: dict[str, list[int]]
+    counts: dict[str, Floats]
+
+    def read(self, name: str, expert: int = 0) -> Floats:
+        """The mean of x x^T over the tokens of a weight's expert: float32 [columns, columns].
+
+        Raises:
+            FewbitsError: the file is damaged.
+        """
+        stored = self.same[name]
+        try:
+            with safe_open(self.path, "numpy") as file:
+                whole = file.get_slice(stored)
+                hessian: Floats = whole[expert] if len(self.shapes[stored]) == 3 else whole[:]
+        except (SafetensorError, OSError) as error:
+            raise FewbitsError(f"{self.path}: cannot be read ({error}).", "Make it again.") from None
+        if not np.isfinite(hessian).all():
+            raise FewbitsError(f"{self.path}: the Hessian of {name} is damaged.", "Make it again.")
+        return hessian
+
+
+def open_block(folder: str | Path, block: int) -> BlockHessians:
+    """Read the header of one block's file, and the tokens that its experts saw.
 
     Raises:
-        FewbitsError: there is none, or the file is damaged.
+        FewbitsError: there is none, or it is damaged.
     """
-    match = re.match(r"blk\.(\d+)\.", name)
-    path = block_file(Path(folder), int(match[1])) if match else Path(folder)
-    if not match or not path.is_file():
-        raise FewbitsError(f"{folder}: there is no Hessian of {name}.", "Make it with `fewbits calibrate --hessians`.")
+    path = block_file(Path(folder), block)
+    if not path.is_file():
+        raise FewbitsError(
+            f"{folder}: there is no Hessian of block {block}.", "Make it with `fewbits calibrate --hessians`."
+        )
     try:
         with safe_open(path, "numpy") as file:
-            stored = json.loads((file.metadata() or {}).get("same", "{}")).get(name)
-    except (SafetensorError, ValueError, AttributeError, OSError) as error:
+            told = json.loads((file.metadata() or {}).get("fewbits", "{}"))
+            same = {str(weight): str(stored) for weight, stored in told.get("same", {}).items()}
+            shapes = {stored: file.get_slice(stored).get_shape() for stored in set(same.values())}
+            counts = {stored: file.get_tensor(f"{stored}.counts") for stored in shapes}
+            texts = [str(text) for text in told.get("texts", [])]
+    except (SafetensorError, ValueError, AttributeError, TypeError, OSError) as error:
         raise FewbitsError(f"{path}: cannot be read ({error}).", "Make it again.") from None
-    if not isinstance(stored, str):
-        raise FewbitsError(f"{path}: there is no Hessian of {name}.", "It was made from another model.")
-    return path, stored
-
-
-def read_hessian(folder: str | Path, name: str) -> tuple[Floats, Floats]:
-    """The Hessian of one weight.
-
-    Args:
-        name: GGUF name of the weight.
-
-    Returns:
-        float32 [experts, columns, columns] (one expert for a plain weight), mean over the tokens; float32 [experts],
-        the tokens seen.
-
-    Raises:
-        FewbitsError: there is none, or the file is damaged.
-    """
-    path, stored = stored_under(folder, name)
-    try:
-        with safe_open(path, "numpy") as file:
-            hessian, counts = file.get_tensor(stored), file.get_tensor(f"{stored}.counts")
-    except (SafetensorError, OSError) as error:
-        raise FewbitsError(f"{path}: cannot be read ({error}).", "Make it again.") from None
-    columns = hessian.shape[-1] if hessian.ndim else 0
-    if hessian.size != counts.size * columns * columns or not np.isfinite(hessian).all():
-        raise FewbitsError(f"{path}: the Hessian of {name} is damaged.", "Make it again.")
-    return hessian.reshape(-1, columns, columns), counts
+    for stored, shape in shapes.items():
+        experts = shape[0] if len(shape) == 3 else 1
+        if len(shape) not in (2, 3) or shape[-1] != shape[-2] or counts[stored].shape != (experts,):
+            raise FewbitsError(f"{path}: the Hessian of {stored} is damaged.", "Make it again.")
+    return BlockHessians(path, str(told.get("run", "")), texts, same, shapes, counts)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

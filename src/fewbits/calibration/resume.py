@@ -51,6 +51,8 @@ class WorkFolder:
             found = ""
         if found == self.identity:
             return
+        if not self.path.is_dir():
+            raise FewbitsError(f"{self.path}: it is in the way of what an unfinished calibration keeps.", "Move it.")
         if not found and any(not OURS.fullmatch(entry.name) for entry in self.path.iterdir()):
             raise FewbitsError(f"{self.path}: it is in the way of what an unfinished calibration keeps.", "Move it.")
         if found and not overwrite:
@@ -98,6 +100,7 @@ class WorkFolder:
             for file in fresh.iterdir():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
+            shutil.rmtree(state, ignore_errors=True)
             os.replace(fresh, state)
             for older in self.path.glob("after-*"):
                 if older != state:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fewbits.calibration.collect import BlockRecorder, Inputs, gguf_names, owners
-from fewbits.calibration.hessians import block_file, check_folder, publish, write_hessians
+from fewbits.calibration.hessians import block_file, check_folder, open_block, publish, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
 from fewbits.calibration.resume import WorkFolder
@@ -169,7 +169,7 @@ class _Job:
             self.work = WorkFolder(self.output.with_name(f"{self.output.name}.partial"), self._identity(text))
             self.work.check(self.overwrite)
             self.resumed_after, tensors = self.work.load(stream.hidden)
-        if not self._hessians_reach(self.resumed_after):
+        if not self._hessians_reach(self.resumed_after, text):
             with self.step("embed"):
                 stream, tensors, self.resumed_after = streamed.enter(text.inputs), {}, 0
         with self.step("blocks"):
@@ -183,7 +183,7 @@ class _Job:
                 for record in inputs:
                     tensors |= record.statistics()
                 if self.unfinished_hessians:
-                    write_hessians(self.unfinished_hessians, index, inputs)
+                    write_hessians(self.unfinished_hessians, index, inputs, self._identity(text), text.sha256)
                 if self.work is not None and index + 1 < len(streamed.layers):
                     self.work.save_if_due(index + 1, stream.hidden, tensors)
                 if self.progress:
@@ -246,13 +246,17 @@ class _Job:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _hessians_reach(self, blocks: int) -> bool:
+    def _hessians_reach(self, blocks: int, text: CalibrationText) -> bool:
         """Whether the Hessians of the blocks that are done are there, too; without any done, a folder for them."""
         folder = self.unfinished_hessians
         if folder is None:
             return True
-        if blocks and all(block_file(folder, block).is_file() for block in range(blocks)):
-            return True
+        # another run may have used the folder since: what is there must be this one's
+        done = range(blocks)
+        if blocks and all(block_file(folder, block).is_file() for block in done):
+            identity = self._identity(text)
+            if all(open_block(folder, block).run == identity for block in done):
+                return True
         check_folder(folder, overwrite=True)
         try:
             shutil.rmtree(folder, ignore_errors=True)

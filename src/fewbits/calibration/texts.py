@@ -117,7 +117,7 @@ def _documents(text: Text, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[
 
 
 def _messages(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    turns = entry.get("messages", entry.get("conversations"))
+    turns = entry.get("messages") or entry.get("conversations")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise FewbitsError(
             f"{where}: there is neither a text nor a conversation.",

@@ -70,7 +70,8 @@ def round_columns(
                         chosen[lane] += ONE if place[lane] > middle else ZERO
             inverse = ONE / upper[j, j]
             for lane in range(n):
-                code = np.int32(chosen[lane])
+                # a NaN passes through min and max
+                code = min(max(np.int32(chosen[lane]), np.int32(0)), np.int32(levels.size - 1))
                 codes[j, start + lane] = np.uint8(code)
                 value = low[j, start + lane] + width[j, start + lane] * levels[code]
                 wrong[j, lane] = (tile[j, lane] - value) * inverse

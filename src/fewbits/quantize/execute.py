@@ -22,6 +22,7 @@ from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import Shard, write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
+from fewbits.quantize.hessians import experts_of
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.learned import Learned
 from fewbits.quantize.planning import shards_of
@@ -51,12 +52,18 @@ class QuantizeReport(BaseModel):
     peak_memory: int
 
 
-def check(plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False) -> list[Shard]:
+def check(
+    plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False, learned: Learned | None = None
+) -> list[Shard]:
     """The files of a plan, once nothing is known that would keep them from being made.
 
     Raises:
-        FewbitsError: the output exists, or the disk is full.
+        FewbitsError: the output exists, the disk is full, or the plan needs Hessians that are not there.
     """
+    if learned is None or learned.factors is None:
+        asked = next((tensor.name for tensor in plan.tensors if tensor.method == "feedback"), None)
+        if asked:
+            raise FewbitsError(f"The plan asks for error feedback for {asked!r}.", "Pass --calibration and --hessians.")
     shards = shards_of(plan, source.metadata, output)
     for shard in shards:
         check_output(shard.path, overwrite)
@@ -84,7 +91,7 @@ def execute(
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite.
     """
     started = time.monotonic()
-    shards = check(plan, source, output, overwrite)
+    shards = check(plan, source, output, overwrite, learned)
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
         try:
             write_shards(shards, _pieces(plan, source, pool, progress, learned or Learned()), overwrite)
@@ -155,7 +162,7 @@ def _jobs(tensor: PlannedTensor, source: GGUFSource, learned: Learned) -> Iterat
         yield from _copies(tensor, source)
         return
     step = max(1, SLAB_WEIGHTS // max(1, columns))
-    experts = learned.experts(tensor.name)
+    experts = experts_of(tensor)
     each = lines // experts
     for expert in range(experts):
         for start in range(expert * each, (expert + 1) * each, step):
@@ -181,5 +188,5 @@ def _encode(
     # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
     chosen = method("convert" if tensor.method == "copy" else tensor.method)
     importance = learned.importance(tensor.name, expert)
-    factor = learned.factor(tensor.name, expert, weights.shape[1]) if tensor.method == "feedback" else None
+    factor = learned.factor(tensor.name, expert) if tensor.method == "feedback" else None
     return chosen.quantize(weights, codec(tensor.codec), importance, factor)

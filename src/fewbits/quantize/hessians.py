@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from fewbits.codecs import Floats, codec
+from fewbits.codecs import codec
 from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError, about
-from fewbits.methods.feedback import Factor, factorize
-from fewbits.plan import Plan
+from fewbits.methods import Factor, factorize
+from fewbits.plan import Plan, PlannedTensor
+from fewbits.plan.tensors import layer_of
+
+if TYPE_CHECKING:
+    from fewbits.calibration.hessians import BlockHessians
 
 KEPT = 4
 """Factors in memory: slabs of a few tensors may be under way, and weights with the same input follow one another."""
@@ -22,45 +28,86 @@ class Factors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = Lock()
+        self.blocks: dict[int, BlockHessians] = {}
         self.made: OrderedDict[tuple[str, int], Factor | None] = OrderedDict()
 
-    def of(self, name: str, expert: int, columns: int) -> Factor | None:
-        """The factor of a weight; None for an expert that saw no token.
+    def block(self, tensor: str) -> BlockHessians:
+        """The Hessians of the decoder block that a tensor is in.
 
         Raises:
-            FewbitsError: there is none, or it is of other columns.
+            FewbitsError: there are none of this tensor.
         """
-        from fewbits.calibration.hessians import read_hessian, stored_under  # imports torch, which most runs do without
+        from fewbits.calibration.hessians import open_block  # imports torch, which most runs do without
 
-        with self.lock:
-            key = (stored_under(self.folder, name)[1], expert)
-            if key not in self.made:
-                self.made[key] = self._make(*read_hessian(self.folder, name), name, expert, columns)
-            self.made.move_to_end(key)
-            while len(self.made) > KEPT:
-                self.made.popitem(last=False)
-            return self.made[key]
+        layer = layer_of(tensor)
+        if layer not in self.blocks:
+            self.blocks[layer] = open_block(self.folder, layer)
+        if tensor not in self.blocks[layer].same:
+            path = self.blocks[layer].path
+            raise FewbitsError(f"{path}: there is no Hessian of {tensor}.", "It was made from another model.")
+        return self.blocks[layer]
 
-    def _make(self, hessians: Floats, counts: Floats, name: str, expert: int, columns: int) -> Factor | None:
-        if hessians.shape[-1] != columns or expert >= len(counts):
+    def check(self, tensor: PlannedTensor, texts: Sequence[str]) -> int:
+        """How many experts of a tensor saw too little text for error feedback.
+
+        Args:
+            texts: SHA-256 of what the statistics were made of, empty where unknown.
+
+        Raises:
+            FewbitsError: the Hessian is missing, of other sizes, or of other texts than the statistics.
+        """
+        known = self.block(tensor.name)
+        stored = known.same[tensor.name]
+        experts, columns = experts_of(tensor), tensor.shape[-1]
+        if known.shapes[stored][-1] != columns or len(known.counts[stored]) != experts:
             raise FewbitsError(
-                f"{self.folder}: the Hessian of {name} is {len(hessians)} x {hessians.shape[-1]} columns.",
+                f"{known.path}: the Hessian of {tensor.name} has the shape {known.shapes[stored]}, which does not fit "
+                f"{experts} x {columns} columns.",
                 "It was made from another model.",
             )
-        if not counts[expert]:
-            return None
-        with about(self.folder):
-            return factorize(hessians[expert])
+        if texts and not set(known.texts) <= set(texts):
+            raise FewbitsError(
+                f"{known.path}: the Hessians were made of other texts than the statistics.",
+                "Pass the statistics that the same calibration made.",
+            )
+        return int((known.counts[stored] < columns).sum())
+
+    def of(self, name: str, expert: int) -> Factor | None:
+        """The factor of a weight; None where the Hessian says too little: fewer tokens than columns."""
+        with self.lock:
+            block = self.block(name)
+            stored = block.same[name]
+            if (stored, expert) not in self.made:
+                self.made[stored, expert] = None
+                if block.counts[stored][expert] >= block.shapes[stored][-1]:
+                    with about(block.path):
+                        self.made[stored, expert] = factorize(block.read(name, expert))
+            self.made.move_to_end((stored, expert))
+            while len(self.made) > KEPT:
+                self.made.popitem(last=False)
+            return self.made[stored, expert]
 
 
-def with_feedback(plan: Plan) -> Plan:
-    """The plan with error feedback wherever a tensor is in a decoder block and its type allows."""
-    tensors = [
-        tensor.model_copy(update={"method": "feedback"})
-        if tensor.method == "search" and tensor.name.startswith("blk.") and fixed_scales(codec(tensor.codec))
-        else tensor
-        for tensor in plan.tensors
-    ]
-    count = sum(tensor.method == "feedback" for tensor in tensors)
-    note = f"{count} tensors are rounded with error feedback"
-    return plan.model_copy(update={"tensors": tensors, "notes": [*plan.notes, note]})
+def experts_of(tensor: PlannedTensor) -> int:
+    """How many matrices are stacked in a tensor."""
+    return tensor.shape[-3] if len(tensor.shape) > 2 else 1
+
+
+def with_feedback(plan: Plan, factors: Factors, texts: Sequence[str]) -> Plan:
+    """The plan with error feedback wherever a tensor is in a decoder block and its type allows.
+
+    Raises:
+        FewbitsError: as for `Factors.check`.
+    """
+    tensors, fed, silent = [], 0, 0
+    for tensor in plan.tensors:
+        if tensor.method in ("search", "feedback") and layer_of(tensor.name) >= 0 and fixed_scales(codec(tensor.codec)):
+            silent += factors.check(tensor, texts)
+            fed += 1
+            tensors.append(tensor.model_copy(update={"method": "feedback"}))
+        else:
+            tensors.append(tensor)
+    notes = [f"{fed} tensors are rounded with error feedback"]
+    if silent:
+        notes.append(f"{silent} matrices among them saw fewer tokens than they have columns and are only searched")
+    return plan.model_copy(update={"tensors": tensors, "notes": [*plan.notes, *notes]})

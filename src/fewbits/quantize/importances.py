@@ -17,15 +17,16 @@ from fewbits.checkpoint.gguf import MAGIC
 from fewbits.codecs import codec
 from fewbits.errors import FewbitsError, about
 from fewbits.formats.gguf.source import GGUFSource
-from fewbits.plan import Plan
-from fewbits.plan.tensors import EMBEDDINGS, role
+from fewbits.plan import Plan, PlannedTensor
+from fewbits.plan.tensors import EMBEDDINGS, OUTPUT, role
+from fewbits.quantize.hessians import experts_of
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, what there is to do, and the part at hand."""
 Importances = dict[str, npt.NDArray[np.float32]]
 """By tensor name, [experts, columns]: the weight of each column's squared error."""
 CHUNKS = 128
-"""Windows of a text that calibrate a model where nothing else is said: more change little (docs/calibration.md)."""
+"""Windows of a text that calibrate a model where nothing else is said, twice those of the figures in docs/."""
 CONTEXT = 512
 NAMES = 5
 """So many names are spelled out in a note."""
@@ -48,9 +49,10 @@ def split_sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _is_statistics(path: Path) -> bool:
+    """By the first bytes: a legacy imatrix file begins with a small number, whose bytes no text has."""
     try:
         with open(path, "rb") as file:
-            return file.read(4) == MAGIC or path.suffix == ".dat"
+            return (first := file.read(4)) == MAGIC or b"\0" in first
     except OSError as error:
         raise FewbitsError(
             f"{path}: cannot be read ({error.strerror}).",
@@ -98,6 +100,10 @@ def statistics_for(
     if files:
         return read_all(files), files[0]
     kept = output.with_name(f"{output.stem}.imatrix.gguf")
+    if kept.exists() and not overwrite:
+        raise FewbitsError(
+            f"{kept}: there are statistics already.", f"Use them: --calibration {kept}; or pass --overwrite."
+        )
     from fewbits.calibration.run import calibrate  # imports torch, which statistics files do without
 
     if run:
@@ -141,28 +147,38 @@ def importances_of(plan: Plan, statistics: Statistics, file: Path) -> tuple[Impo
     without: list[str] = []
     silent: list[str] = []
     for tensor in plan.tensors:
-        if tensor.method in ("copy", "convert") or not codec(tensor.codec).weighted:
+        if not uses_importances(tensor):
             continue
         known = statistics.tensors.get(tensor.name)
         if known is None:
-            if tensor.name not in EMBEDDINGS and role(tensor.name) != "output":
+            if tensor.name not in EMBEDDINGS and role(tensor.name) != OUTPUT:
                 without.append(tensor.name)
             continue
-        experts = tensor.shape[-3] if len(tensor.shape) > 2 else 1
+        experts = experts_of(tensor)
         try:
             known = known.split(experts, tensor.shape[-1])
         except FewbitsError as error:
             raise FewbitsError(f"{file}: {tensor.name}: {error.message}", "Name statistics of this model.") from None
         found[tensor.name] = known.importance()
-        silent += [f"expert {expert} of {tensor.name}" for expert in known.without_data]
+        if experts == 1 and known.without_data:
+            without.append(tensor.name)
+        elif known.without_data:
+            silent += [f"expert {expert} of {tensor.name}" for expert in known.without_data]
     if not found and without:
         raise FewbitsError(f"{file}: holds nothing on any tensor of {plan.model}.", "Name statistics of this model.")
     notes = []
     if without:
         notes.append(f"{len(without)} tensors have no statistics and weigh all columns alike: {_some(without)}")
     if silent:
-        notes.append(f"{len(silent)} experts saw no calibration text and weigh all columns alike: {_some(silent)}")
+        notes.append(
+            f"{len(silent)} matrices of experts saw no calibration text and weigh all columns alike: {_some(silent)}"
+        )
     return found, notes
+
+
+def uses_importances(tensor: PlannedTensor) -> bool:
+    """Whether importances change the codes that a tensor gets."""
+    return tensor.method not in ("copy", "convert") and codec(tensor.codec).weighted
 
 
 def _some(names: Sequence[str]) -> str:

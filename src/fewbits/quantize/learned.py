@@ -19,14 +19,10 @@ class Learned:
     importances: Importances = field(default_factory=dict)
     factors: Factors | None = None
 
-    def experts(self, name: str) -> int:
-        """How many experts of this tensor have importances of their own; 1 for a plain weight."""
-        return len(self.importances[name]) if name in self.importances else 1
-
     def importance(self, name: str, expert: int) -> npt.NDArray[np.float32] | None:
         """float32 [columns], or None for ones."""
         return self.importances[name][expert] if name in self.importances else None
 
-    def factor(self, name: str, expert: int, columns: int) -> Factor | None:
-        """The factor of the Hessian, None where nothing is known."""
-        return self.factors.of(name, expert, columns) if self.factors else None
+    def factor(self, name: str, expert: int) -> Factor | None:
+        """The factor of the Hessian, None where too little is known."""
+        return self.factors.of(name, expert) if self.factors else None
