@@ -20,12 +20,13 @@ from fewbits.plan import MixtureOptions, Plan
 from fewbits.quantize import (
     PlanRequest,
     QuantizeReport,
+    calibrate_texts,
     check,
     default_output,
     execute,
     importances_of,
     make_plan,
-    statistics_for,
+    promised,
     with_provenance,
 )
 from fewbits.quantize.hessians import Factors, with_feedback
@@ -142,7 +143,7 @@ def plan(
         split_max_size: most bytes of tensor data in one file.
         edited: a plan saved as JSON and changed by hand, to be checked against the model.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer where it is not recognized.
-        calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.statistics_for`.
+        calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.promised`.
         calibration_chunks: most windows of texts.
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
 
@@ -156,7 +157,7 @@ def plan(
         _refuse_lone_hessians(hessians)
         return make_plan(prepared, request)
     final = final or default_output(prepared.path, target)
-    statistics, file = statistics_for(source, _paths(calibration), final, calibration_chunks, overwrite=True, run=False)
+    statistics, file = promised(source, _paths(calibration), final, calibration_chunks, overwrite=True)
     return _calibrated(prepared, request, statistics, file, Factors(Path(hessians)) if hessians else None)[1]
 
 
@@ -216,11 +217,11 @@ def quantize(
         return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
     paths, factors = _paths(calibration), Factors(Path(hessians)) if hessians else None
     # whatever would refuse the result should do so before hours of calibration
-    statistics, file = statistics_for(source, paths, final, calibration_chunks, overwrite=overwrite, run=False)
+    statistics, file = promised(source, paths, final, calibration_chunks, overwrite)
     ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
     check(made, ready, final, overwrite, Learned({}, factors))
     if importances is not None and not statistics.tensors:
-        statistics, file = statistics_for(source, paths, final, calibration_chunks, threads, overwrite, progress)
+        statistics = calibrate_texts(source, paths, file, calibration_chunks, threads, overwrite, progress)
         ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
     return execute(made, ready, final, threads, overwrite, progress, Learned(importances or {}, factors))
 

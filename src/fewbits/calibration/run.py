@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from fewbits.calibration.texts import CalibrationText, read_texts
 from fewbits.checkpoint import Model, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
+from fewbits.forward.clock import Clock
 from fewbits.forward.identity import fingerprint
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
 from fewbits.version import __version__
@@ -100,13 +99,13 @@ def calibrate(
     job = _Job(open_model(model), final, folder, output_tensor, _device(device), overwrite, progress)
     statistics = None
     if paths:
-        with job.step("tokenize"):
+        with job.clock.step("tokenize"):
             text = read_texts(paths, job.model.tokenizer(), context, chunks)
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
             statistics = job.run(text)
     statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
     if final is not None:
-        with job.step("write"):
+        with job.clock.step("write"):
             write_statistics(statistics, final, format, overwrite)
     job.finish()
     return Calibration(statistics, job.report(statistics, [str(path) for path in merge], context))
@@ -135,16 +134,8 @@ class _Job:
     text: CalibrationText | None = None
     work: WorkFolder | None = None
     resumed_after: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
     @property
     def unfinished_hessians(self) -> Path | None:
@@ -153,7 +144,7 @@ class _Job:
     def run(self, text: CalibrationText) -> Statistics:
         """All windows through all blocks."""
         self.text = text
-        with self.step("build"):
+        with self.clock.step("build"):
             streamed = StreamedModel(self.model)
             owned = owners(self.model)
             if int(text.inputs.max()) >= streamed.n_vocab:
@@ -163,16 +154,16 @@ class _Job:
                     "The tokenizer belongs to another model.",
                 )
         tensors: dict[str, TensorStatistics] = {}
-        with self.step("embed"):
+        with self.clock.step("embed"):
             stream = streamed.enter(text.inputs)
         if self.output is not None:
             self.work = WorkFolder(self.output.with_name(f"{self.output.name}.partial"), self._identity(text))
             self.work.check(self.overwrite)
             self.resumed_after, tensors = self.work.load(stream.hidden)
         if not self._hessians_reach(self.resumed_after, text):
-            with self.step("embed"):
+            with self.clock.step("embed"):
                 stream, tensors, self.resumed_after = streamed.enter(text.inputs), {}, 0
-        with self.step("blocks"):
+        with self.clock.step("blocks"):
             for index in range(self.resumed_after, len(streamed.layers)):
                 recorder = BlockRecorder(self.hessians is not None)
                 block = streamed.block(index).to(self.device)
@@ -189,7 +180,7 @@ class _Job:
                 if self.progress:
                     self.progress(index + 1, len(streamed.layers), "decoder blocks")
         if self.output_tensor:
-            with self.step("head"):
+            with self.clock.step("head"):
                 streamed.norm(stream)
                 tensors |= self._head(streamed, owned, stream.hidden)
         self._note_missing(owned, tensors)
@@ -227,7 +218,7 @@ class _Job:
             resumed_after=self.resumed_after,
             tensors=tensors_seen(statistics),
             experts=layers,
-            seconds=self.seconds,
+            seconds=self.clock.seconds,
             warnings=self.warnings,
         )
 

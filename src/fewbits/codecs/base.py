@@ -78,16 +78,21 @@ class Blocked(Codec):
     """A type whose blocks a kernel decodes.
 
     Attributes:
-        decoder: decoder(blocks, out): uint8 [blocks, block_bytes] -> float32 [blocks, block].
+        decoder: decoder(blocks, *tables, out): uint8 [blocks, block_bytes] -> float32 [blocks, block].
     """
 
-    decoder: ClassVar[Callable[[Bytes, Floats], None]]
+    decoder: ClassVar[Callable[..., None]]
+
+    @classmethod
+    def tables(cls) -> tuple[Floats, ...]:
+        """What the decoder needs besides: the codebook's values, for types that have one."""
+        return ()
 
     @classmethod
     def decode(cls, data: Bytes) -> Floats:
         blocks = np.ascontiguousarray(data).reshape(-1, cls.block_bytes)
         out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.decoder(blocks, out)
+        cls.decoder(blocks, *cls.tables(), out)
         return out.reshape(data.shape[0], -1)
 
 

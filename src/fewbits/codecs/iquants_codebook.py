@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.base import Blocked, Bytes, Floats
 from fewbits.kernels.codebook import EIGHTS, FREE, PAIRS, Book, book, encode_blocks
 from fewbits.kernels.grids import LEVELS, grid
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
@@ -210,7 +210,7 @@ def _values(name: str) -> Floats:
     return np.array(LEVELS[name], np.float32)[grid(name)]
 
 
-class _Codebook(Codec):
+class _Codebook(Blocked):
     """Encoding by search; subclasses name the kernels."""
 
     block = 256
@@ -226,7 +226,6 @@ class _Codebook(Codec):
     starts: ClassVar[tuple[float, ...]]
     """Multiples of the first scale at which all entries are searched."""
     pack: Any
-    unpack: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -244,11 +243,8 @@ class _Codebook(Codec):
         return out.reshape(rows, -1)
 
     @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = np.ascontiguousarray(data).reshape(-1, cls.block_bytes)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.unpack(blocks, _values(cls.name), out)
-        return out.reshape(data.shape[0], -1)
+    def tables(cls) -> tuple[Floats, ...]:
+        return (_values(cls.name),)
 
 
 class IQ2_XXS(_Codebook):
@@ -258,7 +254,7 @@ class IQ2_XXS(_Codebook):
     block_bytes = 66
     blocks, groups, signs, unit = 8, 4, EIGHTS, 0.125
     starts = (0.87, 1.0, 1.15)
-    pack, unpack = staticmethod(_pack_iq2_xxs), staticmethod(_decode_iq2_xxs)
+    pack, decoder = staticmethod(_pack_iq2_xxs), staticmethod(_decode_iq2_xxs)
 
 
 class IQ2_XS(_Codebook):
@@ -268,7 +264,7 @@ class IQ2_XS(_Codebook):
     block_bytes = 74
     blocks, groups, signs, unit = 16, 2, EIGHTS, 0.125
     starts = (0.8, 0.9, 1.0, 1.1, 1.25)
-    pack, unpack = staticmethod(_pack_iq2_xs), staticmethod(_decode_iq2_xs)
+    pack, decoder = staticmethod(_pack_iq2_xs), staticmethod(_decode_iq2_xs)
 
 
 class IQ2_S(_Codebook):
@@ -278,7 +274,7 @@ class IQ2_S(_Codebook):
     block_bytes = 82
     blocks, groups, signs, unit = 16, 2, FREE, 0.125
     starts = (0.9, 1.1)
-    pack, unpack = staticmethod(_pack_iq2_s), staticmethod(_decode_iq2_s)
+    pack, decoder = staticmethod(_pack_iq2_s), staticmethod(_decode_iq2_s)
 
 
 class IQ3_XXS(_Codebook):
@@ -289,7 +285,7 @@ class IQ3_XXS(_Codebook):
     blocks, groups, signs, unit = 8, 8, PAIRS, 0.25
     middle = 26.0
     starts = (0.75, 0.9, 1.06, 1.25)
-    pack, unpack = staticmethod(_pack_iq3_xxs), staticmethod(_decode_iq3_xxs)
+    pack, decoder = staticmethod(_pack_iq3_xxs), staticmethod(_decode_iq3_xxs)
 
 
 class IQ3_S(_Codebook):
@@ -300,4 +296,4 @@ class IQ3_S(_Codebook):
     blocks, groups, signs, unit = 8, 8, FREE, 1.0
     middle = 6.0
     starts = (0.87, 1.0, 1.15)
-    pack, unpack = staticmethod(_pack_iq3_s), staticmethod(_decode_iq3_s)
+    pack, decoder = staticmethod(_pack_iq3_s), staticmethod(_decode_iq3_s)

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Bytes, Codec, Floats
+from fewbits.codecs.base import Blocked, Bytes, Floats
 from fewbits.kernels.grids import grid
 from fewbits.kernels.lanes import EXACT, from_f16, get_f16, put_f16, to_f16, usable_importance
-from fewbits.kernels.ternary import TRIED, Book, book, encode_grid_blocks
+from fewbits.kernels.ternary import Book, book, encode_grid_blocks
 
 U8 = npt.NDArray[np.uint8]
 I16 = npt.NDArray[np.int16]
-PARTS = np.linspace(10, 17, TRIED, dtype=np.float32)
+PARTS = np.linspace(10, 17, 32, dtype=np.float32)
 """The odd numbers, whole or not, that are tried for the largest block scale; 15 is the largest there is."""
 GRID = "IQ1_S"
 SHIFT = np.float32(0.125)
@@ -105,7 +105,7 @@ def _levels() -> Floats:
     return grid(GRID).astype(np.float32) - np.float32(1)
 
 
-class _TernaryGrid(Codec):
+class _TernaryGrid(Blocked):
     """Encoding by search; subclasses name the kernels."""
 
     block = 256
@@ -118,9 +118,7 @@ class _TernaryGrid(Codec):
     """Entries that share a shift."""
     starts: ClassVar[tuple[float, ...]]
     """Multiples of a block's deviation at which entries are searched."""
-    refits: ClassVar[int]
     pack: Any
-    unpack: Any
 
     @classmethod
     def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
@@ -130,18 +128,15 @@ class _TernaryGrid(Codec):
         entries = np.empty((count, cls.blocks, cls.groups), np.int16)
         shifts = np.empty(entries.shape, np.uint8)
         scales, steps = np.empty((count, cls.blocks), np.uint8), np.empty(count, np.float32)
-        settings = (cls.span, _book(), np.array(cls.starts, np.float32), cls.refits, PARTS)
+        settings = (cls.span, _book(), np.array(cls.starts, np.float32), PARTS)
         encode_grid_blocks(flat, usable_importance(importance, columns), *settings, entries, shifts, scales, steps)
         out = np.empty((count, cls.block_bytes), np.uint8)
         cls.pack(entries, shifts, scales, steps, out)
         return out.reshape(rows, -1)
 
     @classmethod
-    def decode(cls, data: Bytes) -> Floats:
-        blocks = np.ascontiguousarray(data).reshape(-1, cls.block_bytes)
-        out = np.empty((blocks.shape[0], cls.block), np.float32)
-        cls.unpack(blocks, _levels(), out)
-        return out.reshape(data.shape[0], -1)
+    def tables(cls) -> tuple[Floats, ...]:
+        return (_levels(),)
 
 
 class IQ1_S(_TernaryGrid):
@@ -150,8 +145,8 @@ class IQ1_S(_TernaryGrid):
     name = "IQ1_S"
     block_bytes = 50
     blocks, groups, span = 8, 4, 4
-    starts, refits = (1.1, 1.5, 2.0), 0
-    pack, unpack = staticmethod(_pack_iq1_s), staticmethod(_decode_iq1_s)
+    starts = (1.1, 1.5, 2.0)
+    pack, decoder = staticmethod(_pack_iq1_s), staticmethod(_decode_iq1_s)
 
 
 class IQ1_M(_TernaryGrid):
@@ -160,5 +155,5 @@ class IQ1_M(_TernaryGrid):
     name = "IQ1_M"
     block_bytes = 56
     blocks, groups, span = 16, 2, 1
-    starts, refits = (1.1, 1.5, 2.0), 0
-    pack, unpack = staticmethod(_pack_iq1_m), staticmethod(_decode_iq1_m)
+    starts = (1.1, 1.5, 2.0)
+    pack, decoder = staticmethod(_pack_iq1_m), staticmethod(_decode_iq1_m)

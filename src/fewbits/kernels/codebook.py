@@ -18,7 +18,6 @@ from numba import njit
 
 from fewbits.kernels.grids import LEVELS, grid
 from fewbits.kernels.lanes import (
-    F16_MAX,
     FAST,
     INLINE,
     LANES,
@@ -26,9 +25,8 @@ from fewbits.kernels.lanes import (
     TINY,
     lane_rows,
     load_tile,
-    round_f16,
-    round_f16_lanes,
 )
+from fewbits.kernels.odd_steps import choose_steps, refit_steps
 from fewbits.kernels.vectors import (
     WIDTH,
     add,
@@ -409,69 +407,6 @@ def lowest_entry(xt: F32, wt: F32, value: np.float32, square: F32, product: F32)
             product[lane] += w * xt[i, lane]
 
 
-@njit(**INLINE)
-def choose_steps(
-    squares: F32, products: F32, blocks: int, unit: np.float32, parts: F32, best: F32, step: F32, grid: F32
-) -> None:
-    """For each super-block the half-precision step with which the block scales lose least.
-
-    A block's error at a scale is bounded by the least of the parabolas s^2 A - 2 s B of its entries found so far.
-
-    Args:
-        squares, products: [tries, 128], A and B.
-        blocks: of a super-block.
-        unit: a block's scale is step * unit * (2 code + 1).
-        parts: the odd numbers, whole or not, that are tried for the largest scale.
-        best: [128], the block's best scales.
-        step: out, [128].
-        grid: work, [6, parts.size].
-    """
-    tried, miss, inverse, bits = grid[0], grid[1], grid[2], grid[3].view(np.int32)
-    scales, error = grid[4], grid[5]
-    for lane0 in range(0, LANES, blocks):
-        largest = ZERO
-        for lane in range(lane0, lane0 + blocks):
-            largest = max(largest, best[lane])
-        for k in range(parts.size):
-            tried[k] = min(largest / (unit * parts[k]), F16_MAX)
-            miss[k] = ZERO
-        round_f16_lanes(tried, bits)
-        for k in range(parts.size):
-            inverse[k] = HALF / (tried[k] * unit) if tried[k] > ZERO else ZERO
-        for lane in range(lane0, lane0 + blocks):
-            target = best[lane]
-            for k in range(parts.size):
-                scales[k] = tried[k] * unit * (TWO * min(np.floor(target * inverse[k]), MOST) + ONE)
-                error[k] = WORST
-            for t in range(squares.shape[0]):
-                a, b = squares[t, lane], TWO * products[t, lane]
-                for k in range(parts.size):
-                    error[k] = min(error[k], scales[k] * (scales[k] * a - b))
-            for k in range(parts.size):
-                miss[k] += error[k]
-        choice, lowest = tried[0], miss[0]
-        for k in range(1, parts.size):
-            choice = tried[k] if miss[k] < lowest else choice
-            lowest = min(miss[k], lowest)
-        for lane in range(lane0, lane0 + blocks):
-            step[lane] = choice
-
-
-@njit(**INLINE)
-def refit_steps(blocks: int, unit: np.float32, code: F32, found: F32, step: F32) -> None:
-    """The step of each super-block with the least error for its codes and entries, whose A and B are found."""
-    for lane0 in range(0, LANES, blocks):
-        upper, lower, d = ZERO, ZERO, step[lane0]
-        for lane in range(lane0, lane0 + blocks):
-            odd = unit * (TWO * code[lane] + ONE)
-            upper += odd * found[1, lane]
-            lower += odd * odd * found[0, lane]
-        new = round_f16(min(max(upper / max(lower, TINY), ZERO), F16_MAX))
-        if new * (new * lower - TWO * upper) < d * (d * lower - TWO * upper):
-            for lane in range(lane0, lane0 + blocks):
-                step[lane] = new
-
-
 @njit(**FAST)
 def encode_blocks(
     x: F32, importance: F32, signs: int, book: Book, unit: np.float32, guesses: F32, starts: F32, parts: F32,
@@ -527,7 +462,7 @@ def encode_blocks(
                 s = b / max(a, TINY)
                 best[lane] = s if s * b > old_gain else old_best
                 gain[lane] = max(s * b, old_gain)
-        choose_steps(squares, products, blocks, unit, parts, best, step, grid)
+        choose_steps(squares, products, blocks, unit, MOST, parts, best, step, grid)
         for lane in range(LANES):
             s, d = best[lane], step[lane] * unit
             c = np.floor(HALF * s / max(d, TINY))
@@ -538,7 +473,7 @@ def encode_blocks(
                 for lane in range(LANES):
                     turned[g, lane] = odd[g, lane]
         measure(xt, wt, odd, signs, scale, book, patterns, turned, found, work)
-        refit_steps(blocks, unit, code, found, step)
+        refit_steps(blocks, unit, code, found[0], found[1], step)
         for s in range(min(per_tile, count - first)):
             steps[first + s] = step[s * blocks]
             for j in range(blocks):

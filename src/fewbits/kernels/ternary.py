@@ -29,8 +29,8 @@ from fewbits.kernels.lanes import (
     lane_rows,
     load_tile,
     round_f16,
-    round_f16_lanes,
 )
+from fewbits.kernels.odd_steps import choose_steps, refit_steps
 from fewbits.kernels.vectors import (
     WIDTH,
     add,
@@ -55,8 +55,6 @@ SHIFT = np.float32(0.125)
 WORST = np.float32(1e38)
 MARGIN = np.float32(1 + 2.0**-18)
 """By more than sums are rounded."""
-TRIED = 32
-"""How many steps are tried for a super-block."""
 MOST = np.float32(7)
 """Codes of scales run from 0 to this."""
 
@@ -298,69 +296,9 @@ def measure(
     fit(xt, wt, codes, square, product)
 
 
-@njit(**INLINE)
-def choose_steps(squares: F32, products: F32, blocks: int, parts: F32, best: F32, step: F32, grid: F32) -> None:
-    """For each super-block the half-precision step with which the block scales, step * (2 code + 1), lose least.
-
-    A block's error at a scale is bounded by the least of the parabolas s^2 A - 2 s B of its patterns found so far.
-
-    Args:
-        squares, products: [tries, 128], A and B.
-        blocks: of a super-block.
-        parts: [TRIED], the odd numbers, whole or not, that are tried for the largest scale.
-        best: [128], the block's best scales.
-        step: out, [128].
-        grid: work, [6, TRIED].
-    """
-    tried, miss, inverse, bits = grid[0], grid[1], grid[2], grid[3].view(np.int32)
-    scales, error = grid[4], grid[5]
-    for lane0 in range(0, LANES, blocks):
-        largest = ZERO
-        for lane in range(lane0, lane0 + blocks):
-            largest = max(largest, best[lane])
-        for k in range(TRIED):
-            tried[k] = min(largest / parts[k], F16_MAX)
-            miss[k] = ZERO
-        round_f16_lanes(tried, bits)
-        for k in range(TRIED):
-            inverse[k] = HALF / tried[k] if tried[k] > ZERO else ZERO
-        for lane in range(lane0, lane0 + blocks):
-            target = best[lane]
-            for k in range(TRIED):
-                scales[k] = tried[k] * (TWO * min(max(np.floor(target * inverse[k]), ZERO), MOST) + ONE)
-                error[k] = WORST
-            for t in range(squares.shape[0]):
-                a, b = squares[t, lane], TWO * products[t, lane]
-                for k in range(TRIED):
-                    error[k] = min(error[k], scales[k] * (scales[k] * a - b))
-            for k in range(TRIED):
-                miss[k] += error[k]
-        choice, lowest_miss = tried[0], miss[0]
-        for k in range(1, TRIED):
-            choice = tried[k] if miss[k] < lowest_miss else choice
-            lowest_miss = min(miss[k], lowest_miss)
-        for lane in range(lane0, lane0 + blocks):
-            step[lane] = choice
-
-
-@njit(**INLINE)
-def refit_steps(blocks: int, code: F32, square: F32, product: F32, step: F32) -> None:
-    """The step of each super-block with the least error for its codes and patterns, whose A and B are given."""
-    for lane0 in range(0, LANES, blocks):
-        upper, lower, d = ZERO, ZERO, step[lane0]
-        for lane in range(lane0, lane0 + blocks):
-            odd = TWO * code[lane] + ONE
-            upper += odd * product[lane]
-            lower += odd * odd * square[lane]
-        new = round_f16(min(max(upper / max(lower, TINY), ZERO), F16_MAX))
-        if new * (new * lower - TWO * upper) < d * (d * lower - TWO * upper):
-            for lane in range(lane0, lane0 + blocks):
-                step[lane] = new
-
-
 @njit(**FAST)
 def encode_grid_blocks(
-    x: F32, importance: F32, span: int, book: Book, starts: F32, refits: int, parts: F32,
+    x: F32, importance: F32, span: int, book: Book, starts: F32, parts: F32,
     entries: I16, shifts: U8, scales: U8, steps: F32,
 ) -> None:  # fmt: skip
     """Super-blocks of blocks that have a 3-bit scale each: a block's scale is step * (2 code + 1).
@@ -370,7 +308,6 @@ def encode_grid_blocks(
         importance: [columns].
         span: groups that share a shift.
         starts: the multiples of a block's deviation that are tried as its scale.
-        refits: how often the best scale so far is tried thereafter.
         parts: see `choose_steps`.
         entries: out, [super-blocks, blocks, groups].
         shifts: out, as entries, 1 where the levels are moved down.
@@ -380,9 +317,9 @@ def encode_grid_blocks(
     count, blocks, groups = entries.shape
     per_tile = LANES // blocks
     xt, wt, work = lane_rows(8 * groups), lane_rows(8 * groups), lane_rows(14 * groups + 7)
-    tries = starts.size + refits
+    tries = starts.size
     codes, squares, products = lane_rows(groups).view(np.int32), lane_rows(tries + 1), lane_rows(tries + 1)
-    lanes, grid = lane_rows(6), np.empty((6, TRIED), np.float32)
+    lanes, grid = lane_rows(6), np.empty((6, parts.size), np.float32)
     start, scale, best, gain, step, code = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
     for first in range(0, count, per_tile):
         load_tile(x, importance, first * blocks, count * blocks, xt, wt)
@@ -398,25 +335,21 @@ def encode_grid_blocks(
         for lane in range(LANES):
             start[lane] = np.sqrt(start[lane] / scale[lane])
         for t in range(tries):
-            if t < starts.size:
-                for lane in range(LANES):
-                    scale[lane] = start[lane] * starts[t]
-            else:
-                for lane in range(LANES):
-                    scale[lane] = best[lane]
+            for lane in range(LANES):
+                scale[lane] = start[lane] * starts[t]
             measure(xt, wt, scale, span, book, codes, squares[t], products[t], work)
             for lane in range(LANES):
                 a, b, old_gain, old_best = squares[t, lane], products[t, lane], gain[lane], best[lane]
                 s = b / max(a, TINY)
                 best[lane] = s if s * b > old_gain else old_best
                 gain[lane] = max(s * b, old_gain)
-        choose_steps(squares[:tries], products[:tries], blocks, parts, best, step, grid)
+        choose_steps(squares[:tries], products[:tries], blocks, ONE, MOST, parts, best, step, grid)
         for lane in range(LANES):
             s, d = best[lane], step[lane]
             code[lane] = min(max(np.floor(HALF * s / max(d, TINY)), ZERO), MOST)
             scale[lane] = d * (TWO * code[lane] + ONE)
         measure(xt, wt, scale, span, book, codes, squares[tries], products[tries], work)
-        refit_steps(blocks, code, squares[tries], products[tries], step)
+        refit_steps(blocks, ONE, code, squares[tries], products[tries], step)
         for s in range(min(per_tile, count - first)):
             steps[first + s] = step[s * blocks]
             for j in range(blocks):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.calibration.statistics import DATASET_KEY, text_mark
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_model
 from fewbits.errors import FewbitsError
+from fewbits.forward.clock import Clock
 from fewbits.forward.identity import fingerprint
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
 from fewbits.forward.text import Text, encode, read_text
@@ -80,7 +79,7 @@ def measure(
     _refuse_calibration_text(measured, passage)
     base = open_model(reference) if reference is not None else None
     owner = base or measured
-    clock = _Clock()
+    clock = Clock()
     with clock.step("tokenize"):
         tokenizer = owner.tokenizer()
         ids, bos = encode(tokenizer, passage.content)
@@ -131,21 +130,6 @@ def measure(
 
 
 @dataclass
-class _Clock:
-    """Wall seconds by step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
-
-
-@dataclass
 class _Reference:
     """The reference's answers to the windows, computed or from the store."""
 
@@ -158,7 +142,7 @@ class _Reference:
 
     @staticmethod
     def of(
-        model: Model, windows: Windows, store: ReferenceStore, text: Text, clock: _Clock, progress: Progress | None
+        model: Model, windows: Windows, store: ReferenceStore, text: Text, clock: Clock, progress: Progress | None
     ) -> _Reference:
         with clock.step("reference"):
             entry = store.entry(fingerprint(model), windows) if store.folder is not None else None
@@ -180,7 +164,7 @@ class _Reference:
             logits = StateLogits(states, streamed.head(), streamed.n_vocab)
         return _Reference(model, windows, store, entry, logits, reused)
 
-    def noise_floor(self, clock: _Clock, progress: Progress | None) -> Comparison:
+    def noise_floor(self, clock: Clock, progress: Progress | None) -> Comparison:
         """The reference rounded to bfloat16 against itself; kept beside its answers."""
         kept = self.store.load_note(self.entry, "noise_floor")
         if kept is not None:

@@ -71,27 +71,19 @@ def read_all(paths: Sequence[Path]) -> Statistics:
         return first.merged(others) if others else first
 
 
-def statistics_for(
-    model: str | Path,
-    paths: Sequence[Path],
-    output: Path,
-    chunks: int | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    run: bool = True,
+def promised(
+    model: str | Path, paths: Sequence[Path], output: Path, chunks: int | None = None, overwrite: bool = False
 ) -> tuple[Statistics, Path]:
     """The statistics that `--calibration` names, and their file.
 
-    Texts are run through the model; what comes out is kept beside the output, for other targets and for a run that
-    was interrupted to go on from.
+    Of texts, which have yet to run through the model, it is what the statistics will tell of themselves, without any
+    tensor, and the file beside the output that will keep them.
 
     Args:
         model: directory, GGUF file or hub id.
         paths: statistics files or texts.
         output: the quantized file.
         chunks: most windows of texts; None means `CHUNKS`.
-        run: whether to calibrate; else only what the file's header will tell is there.
 
     Raises:
         FewbitsError: a file cannot be used, or the statistics of a text would replace a file.
@@ -104,23 +96,34 @@ def statistics_for(
         raise FewbitsError(
             f"{kept}: there are statistics already.", f"Use them: --calibration {kept}; or pass --overwrite."
         )
-    from fewbits.calibration.run import calibrate  # imports torch, which statistics files do without
-
-    if run:
-        made = calibrate(
-            *(model, texts, kept),
-            chunks=chunks or CHUNKS,
-            threads=threads,
-            overwrite=overwrite,
-            progress=progress,
-            output_tensor=True,
-            device="auto",
-        )
-        return made.statistics, kept
-    from fewbits.calibration.texts import read_texts
+    from fewbits.calibration.texts import read_texts  # imports torch, which statistics files do without
 
     text = read_texts(texts, open_model(model).tokenizer(), CONTEXT, chunks or CHUNKS)
     return Statistics({}, text.datasets, len(text.inputs), CONTEXT, text.sha256, text.inputs.size), kept
+
+
+def calibrate_texts(
+    model: str | Path,
+    texts: Sequence[Path],
+    kept: Path,
+    chunks: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """What was `promised`: the statistics of texts, kept for other targets; see `calibration.run.calibrate`."""
+    from fewbits.calibration.run import calibrate
+
+    return calibrate(
+        *(model, texts, kept),
+        chunks=chunks or CHUNKS,
+        context=CONTEXT,
+        output_tensor=True,
+        device="auto",
+        threads=threads,
+        overwrite=overwrite,
+        progress=progress,
+    ).statistics
 
 
 def with_provenance(source: GGUFSource, statistics: Statistics, file: Path) -> GGUFSource:
