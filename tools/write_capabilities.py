@@ -27,6 +27,12 @@ def page() -> str:
     targets = [
         [f"`{p.name}`", f"{p.bits_per_weight:.2f}" if p.bits_per_weight else "", p.summary] for p in found.presets
     ]
+    directories = [
+        [f"`{d.name}`", f"{d.bits_per_weight:.2f}", ", ".join(d.methods), d.summary] for d in found.directories
+    ]
+    engines = [["GGUF", e.engine, e.hardware, e.verdict, e.date, e.note] for e in found.gguf_engines]
+    for d in found.directories:
+        engines += [[f"`{d.name}`", e.engine, e.hardware, e.verdict, e.date, e.note] for e in d.engines]
     types = [
         [f"`{c.name}`", f"{c.bits_per_weight:g}", str(c.block), yes(c.weighted), yes(c.feedback)] for c in found.codecs
     ]
@@ -36,7 +42,13 @@ def page() -> str:
         "## Targets\n\n"
         "Bits per weight are those of a whole model of Llama 3 8B's shapes.\n\n"
         + table(["target", "bits per weight", "what it is"], targets)
-        + "\n## Storage types\n\nAll are read and made.\n\n"
+        + "\n## Model directories\n\nBits per weight are those of a linear of 4096 x 4096, scales and zero points "
+        "included; the first method is the usual one.\n\n"
+        + table(["target", "bits per weight", "methods", "what it is"], directories)
+        + "\n## Engines\n\n`runs` and `refuses` were seen on that hardware, `should run` was read in the engine's "
+        "sources or documentation.\n\n"
+        + table(["target", "engine", "on", "verdict", "as of", "note"], engines)
+        + "\n## Storage types of GGUF\n\nAll are read and made.\n\n"
         + table(["type", "bits per weight", "block", "uses importance", "error feedback"], types)
         + "\n## Methods\n\n"
         + table(["method", "what it does"], [[f"`{m.name}`", m.summary] for m in found.methods])

@@ -15,8 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
 from fewbits.errors import FewbitsError
+from fewbits.formats.directory.card import Measured
+from fewbits.formats.directory.writer import check_directory_output
 from fewbits.formats.gguf.source import GGUFSource, gguf_source
 from fewbits.plan import MixtureOptions, Plan
+from fewbits.plan.directory import is_directory_target
 from fewbits.quantize import (
     PlanRequest,
     QuantizeReport,
@@ -29,6 +32,7 @@ from fewbits.quantize import (
     promised,
     with_provenance,
 )
+from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import Importances, Progress, uses_importances
 from fewbits.quantize.learned import Learned
@@ -133,11 +137,14 @@ def plan(
     calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
+    method: str | None = None,
+    keep: Sequence[str] = (),
 ) -> Plan:
     """What `quantize` would make, to the byte, from headers alone.
 
     Args:
-        target: a preset (`Q4_K_M`, `Q8_0`, ...); `fewbits list` names them all.
+        target: a preset of GGUF (`Q4_K_M`, `Q8_0`, ...) or an ecosystem's directory (`gptq:w4g128`, `bnb:nf4`, ...);
+            `fewbits list` names them all.
         output: final file name; shapes only the names of the predicted files.
         mixture: overrides of the preset's rules.
         split_max_size: most bytes of tensor data in one file.
@@ -146,10 +153,17 @@ def plan(
         calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.promised`.
         calibration_chunks: most windows of texts.
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
+        method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
+        keep: regular expressions of linears that a directory keeps unquantized.
 
     Raises:
         FewbitsError: anything that would keep `quantize` from making the files.
     """
+    if is_directory_target(target):
+        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
+        job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
+        return job.plan
+    _refuse_directory_options(target, method, keep)
     prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
     final = Path(output) if output else None
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
@@ -201,14 +215,39 @@ def quantize(
     calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
+    method: str | None = None,
+    keep: Sequence[str] = (),
+    device: str = "cpu",
+    measure_text: str | Path | None = None,
+    measure_chunks: int | None = None,
 ) -> QuantizeReport:
-    """Turn a model into a GGUF file that llama.cpp runs. Arguments as for `plan` and `fewbits.quantize.execute`.
+    """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
-    Texts as `calibration` are run through the model first; what comes out is kept as `<output>.imatrix.gguf`.
+    Arguments as for `plan`, `fewbits.quantize.execute` and `fewbits.quantize.directory.execute_directory`.
+
+    Args:
+        device: where the calibration of a directory runs.
+        measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
+        measure_chunks: most windows of it.
+
+    For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
+    `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
 
     Raises:
         FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
     """
+    if is_directory_target(target):
+        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
+        check_directory_output(Path(output), overwrite, Path(source))
+        job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
+        report = job.execute(Path(output), threads, device, overwrite, progress)
+        if measure_text is not None:
+            from fewbits.measure import measure  # imports torch, which quantizing does without
+
+            told = measure(output, measure_text, reference=source, chunks=measure_chunks, progress=progress)
+            job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
+        return report
+    _refuse_directory_options(target, method, keep, measure_text)
     prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
     final = Path(output)
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
@@ -228,3 +267,27 @@ def quantize(
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+
+
+def _refuse_gguf_options(
+    target: str,
+    mixture: MixtureOptions | None,
+    edited: str | Path | None,
+    pre_tokenizer: str | None,
+    hessians: str | Path | None,
+) -> None:
+    changed = mixture is not None and mixture != MixtureOptions(tensor_types=mixture.tensor_types)
+    single = changed or (mixture is not None and bool(mixture.tensor_types))
+    unused = {"types of single tensors": single, "--plan": edited}
+    unused |= {"--pre-tokenizer": pre_tokenizer, "--hessians": hessians}
+    for what, given in unused.items():
+        if given:
+            raise FewbitsError(f"{target}: {what} can be chosen for GGUF targets only.", "Leave it out.")
+
+
+def _refuse_directory_options(
+    target: str, method: str | None, keep: Sequence[str], measure_text: str | Path | None = None
+) -> None:
+    for what, given in (("--method", method), ("--keep", keep), ("--measure", measure_text)):
+        if given:
+            raise FewbitsError(f"{target}: {what} is for model directories (gptq:, awq:, ct:, ...).", "Leave it out.")

@@ -6,8 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 from fewbits import arch
 from fewbits.codecs import CODECS
+from fewbits.layouts import LAYOUTS
+from fewbits.layouts.engines import engines_of
 from fewbits.methods import METHODS
 from fewbits.plan import PRESETS
+from fewbits.plan.directory import directory_targets, methods_for
 
 
 class _Row(BaseModel):
@@ -20,6 +23,31 @@ class PresetRow(_Row):
     name: str
     bits_per_weight: float | None
     summary: str
+
+
+class EngineRow(_Row):
+    """What an engine does with a target on some hardware, when that was seen (`runs`, `refuses`) or read."""
+
+    engine: str
+    hardware: str
+    verdict: str
+    date: str
+    note: str
+
+
+class DirectoryRow(_Row):
+    """A target that makes a model directory.
+
+    Attributes:
+        bits_per_weight: of a linear of 4096 x 4096, scales and zero points included.
+        methods: ways of choosing its codes, the usual one first.
+    """
+
+    name: str
+    bits_per_weight: float
+    methods: list[str]
+    summary: str
+    engines: list[EngineRow]
 
 
 class CodecRow(_Row):
@@ -51,6 +79,8 @@ class Capabilities(_Row):
     """The capability table."""
 
     presets: list[PresetRow]
+    directories: list[DirectoryRow]
+    gguf_engines: list[EngineRow]
     codecs: list[CodecRow]
     methods: list[MethodRow]
     architectures: list[ArchitectureRow]
@@ -67,6 +97,8 @@ def capabilities() -> Capabilities:
             )
             for preset in PRESETS.values()
         ],
+        directories=[_directory(name, summary) for name, summary in directory_targets().items()],
+        gguf_engines=_engines("Q4_K_M"),
         codecs=[
             CodecRow(
                 name=codec.name,
@@ -83,3 +115,23 @@ def capabilities() -> Capabilities:
             for family in arch.FAMILIES
         ],
     )
+
+
+def _directory(name: str, summary: str) -> DirectoryRow:
+    family, _, spec = name.partition(":")
+    layout = LAYOUTS[family].from_spec(spec).for_floats("F16")
+    stored = sum(part.nbytes for part in layout.parts((4096, 4096)).values())
+    return DirectoryRow(
+        name=name,
+        bits_per_weight=8 * stored / 4096**2,
+        methods=list(methods_for(layout)),
+        summary=summary,
+        engines=_engines(name),
+    )
+
+
+def _engines(target: str) -> list[EngineRow]:
+    return [
+        EngineRow(engine=f.engine, hardware=f.hardware, verdict=f.verdict, date=f.date, note=f.note)
+        for f in engines_of(target)
+    ]

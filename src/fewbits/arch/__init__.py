@@ -3,11 +3,12 @@
 from fewbits.arch.config import REST, canonical, config_from_gguf, gguf_metadata, gguf_notes
 from fewbits.arch.families import FAMILIES, Family, Key, Role, ScalePair, family_of, family_of_gguf
 from fewbits.arch.shapes import check_shapes
-from fewbits.arch.tensors import GGUFTensor, HFTensor, gguf_tensors, hf_tensors
+from fewbits.arch.tensors import DecoderLinear, GGUFTensor, HFTensor, decoder_linears, gguf_tensors, hf_tensors
 
 __all__ = [
     "FAMILIES",
     "REST",
+    "DecoderLinear",
     "Family",
     "GGUFTensor",
     "HFTensor",
@@ -17,6 +18,7 @@ __all__ = [
     "canonical",
     "check_shapes",
     "config_from_gguf",
+    "decoder_linears",
     "family_of",
     "family_of_gguf",
     "gguf_metadata",

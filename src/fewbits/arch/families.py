@@ -76,7 +76,8 @@ class ScalePair:
     """Where a per-channel scale can move without changing the function: out of `source`, into all of `targets`.
 
     Attributes:
-        source: block-relative HF module: a norm, or a linear whose output channels feed the targets one to one.
+        source: block-relative HF module: a norm, or a linear whose output channels feed the targets one to one (of
+            fused matrices the last ones: v of q, k, v; up of gate, up).
         targets: block-relative HF linears whose input channels are scaled.
         grouped: source is v_proj with fewer heads than o_proj has inputs (grouped-query attention): the query heads
             of one key/value head must share the scale.
@@ -458,10 +459,11 @@ _PHI3 = Family(
     fixed=_SILU,
     rope_types=("default", "longrope"),
     rope_dims=True,
-    # v and up are row ranges of fused tensors, so only the norms are listed
     pairs=(
         ScalePair("input_layernorm", ("self_attn.qkv_proj",)),
+        ScalePair("self_attn.qkv_proj", ("self_attn.o_proj",), grouped=True),
         ScalePair("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ScalePair("mlp.gate_up_proj", ("mlp.down_proj",)),
     ),
 )
 

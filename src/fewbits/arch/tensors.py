@@ -198,6 +198,48 @@ def gguf_tensors(config: Mapping[str, Any], shapes: Shapes) -> list[GGUFTensor]:
     return out
 
 
+@dataclass(frozen=True)
+class DecoderLinear:
+    """A linear of a decoder block, as quantizers of Hugging Face directories see it.
+
+    Attributes:
+        weight: stored name of its weight.
+        module: within its block, with the expert's number in it.
+        block: index of the block.
+        plain: False where transformers' module is no `nn.Linear` of its own: GPT-2's Conv1D, experts in one tensor.
+    """
+
+    weight: str
+    module: str
+    block: int
+    plain: bool
+
+
+def decoder_linears(config: Mapping[str, Any], shapes: Shapes) -> list[DecoderLinear]:
+    """The linears of all decoder blocks, routers left out, in file order.
+
+    Args:
+        config: config.json.
+        shapes: every Hugging Face tensor of the checkpoint.
+
+    Raises:
+        FewbitsError: as for `gguf_tensors`.
+    """
+    gguf_tensors(config, shapes)  # refuses what does not fit together
+    config, family = canonical(config), family_of(config)
+    found = []
+    for place in _places(config, family):
+        if place.bias or place.role.kind != "linear" or not place.block:
+            continue
+        tensor = _gguf_tensor(place, config, family, shapes)
+        assert tensor is not None  # a weight that is missing has been refused
+        plain = tensor.change != "transpose" and tensor.fused is None
+        for stored, full in zip(tensor.sources, place.hf, strict=False):
+            module = full.removeprefix(place.block).removesuffix(".weight")
+            found.append(DecoderLinear(stored, module, int(place.gguf.split(".")[1]), plain))
+    return found
+
+
 def _gguf_tensor(place: _Place, config: Mapping[str, Any], family: Family, shapes: Shapes) -> GGUFTensor | None:
     role, names, fused = place.role, place.hf, None
     if names[0] not in shapes:

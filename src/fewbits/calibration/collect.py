@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ class Inputs:
         sums: float64 [experts, columns], sums of squares.
         counts: tokens that each expert saw.
         hessians: float32 [columns, columns] of each expert: X^T X, None where it saw no token or none is wanted.
+        peaks: the largest absolute input of each expert.
+        rough: see `BlockRecorder`.
+        energy_cap: most squared norm of a token within X^T X, in medians of its batch; None for no limit.
     """
 
     names: list[str]
@@ -37,22 +42,48 @@ class Inputs:
     counts: list[int]
     hessians: list[torch.Tensor | None]
     wants_hessians: bool = False
+    peaks: list[float] = field(default_factory=list)
+    energy_cap: float | None = None
+    rough: bool = False
 
     @staticmethod
-    def empty(names: tuple[str, ...], experts: int, like: torch.Tensor, hessians: bool) -> Inputs:
+    def empty(
+        names: tuple[str, ...],
+        experts: int,
+        like: torch.Tensor,
+        hessians: bool,
+        energy_cap: float | None = None,
+        rough: bool = False,
+    ) -> Inputs:
         sums = torch.zeros((experts, like.shape[-1]), dtype=torch.float64, device=like.device)
-        return Inputs(list(names), sums, [0] * experts, [None] * experts, hessians)
+        return Inputs(list(names), sums, [0] * experts, [None] * experts, hessians, [0.0] * experts, energy_cap, rough)
 
     def add(self, x: torch.Tensor, expert: int = 0) -> None:
         """Count inputs [tokens, columns]."""
         self.counts[expert] += len(x)
-        for rows in x.split(ROWS):
-            self.sums[expert] += rows.square().sum(0)
-        if self.wants_hessians and len(x):
+        if not len(x):
+            return
+        low, high = torch.aminmax(x)
+        self.peaks[expert] = max(self.peaks[expert], -float(low), float(high))
+        if not (self.rough and self.wants_hessians):  # else the Hessian's diagonal says it
+            for rows in x.float().split(ROWS):
+                self.sums[expert] += rows.square().sum(0)
+        if self.wants_hessians:
             hessian = self.hessians[expert]
             if hessian is None:
                 hessian = self.hessians[expert] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
-            hessian.addmm_(x.T, x)
+            if self.energy_cap is not None:
+                norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+                limit = (self.energy_cap**0.5 * norms.median()).clamp(min=1e-30)
+                x = x * (limit / norms.clamp(min=limit)).to(x.dtype)[:, None]
+            if self.rough:
+                _add_rough(hessian, x.bfloat16())
+            else:
+                hessian.addmm_(x.T, x)
+
+    def of_expert(self, expert: int) -> list[str]:
+        """Stored names of an expert's weights, where `names` are those of the first one."""
+        return [re.sub(r"\bexperts\.0\.", f"experts.{expert}.", name) for name in self.names]
 
     def statistics(self) -> dict[str, TensorStatistics]:
         """Of each weight.
@@ -68,6 +99,16 @@ class Inputs:
             )
         counts = np.asarray(self.counts, np.float32)
         return {name: TensorStatistics(sums.numpy().copy(), counts.copy()) for name in self.names}
+
+
+def _add_rough(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """Add X^T X, of which only the blocks on and above the diagonal are computed: the rest mirrors them."""
+    step = max(256, -(-x.shape[1] // 6))
+    for start in range(0, x.shape[1], step):
+        here = slice(start, start + step)
+        product = (x[:, here].T @ x[:, start:]).float()
+        hessian[here, start:] += product
+        hessian[start + step :, here] += product[:, step:].T
 
 
 def owners(model: Model) -> dict[str, list[str]]:
@@ -91,12 +132,21 @@ class BlockRecorder:
     """Statistics of all linear layers of one decoder block, whose modules call it.
 
     Layers that get the very same tensor (query, key and value; gate and up) share one record.
+
+    Attributes:
+        energy_cap: see `Inputs`.
+        rough: sum Hessians in bfloat16 products, which is twice as fast where the processor has them.
+        pause: called with the names of the weights whose input has just been recorded, before it is used.
     """
 
     hessians: bool = False
+    energy_cap: float | None = None
+    rough: bool = False
+    pause: Callable[[tuple[str, ...]], None] | None = None
     _records: dict[tuple[str, ...], Inputs] = field(default_factory=dict)
     _sharing: set[tuple[str, ...]] = field(default_factory=set)
     _last: tuple[torch.Tensor, Inputs] | None = None
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     def attach(self, block: nn.Module, path: str, streamed: StreamedModel, owned: Mapping[str, list[str]]) -> None:
         """Listen to every layer of a block that has a weight in GGUF.
@@ -119,7 +169,16 @@ class BlockRecorder:
             elif getattr(parameters.get("weight"), "ndim", 0) == 2:
                 names = gguf_names(streamed, owned, f"{path}.{name}.weight")
                 if names:
-                    module.register_forward_pre_hook(self._listener(names))
+                    self._undo.append(module.register_forward_pre_hook(self._listener(names)).remove)
+
+    def detach(self) -> None:
+        """Leave the block as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def take(self, names: tuple[str, ...]) -> Inputs:
+        """What was recorded for these weights, no longer kept here."""
+        return self._records.pop(names)
 
     def inputs(self) -> list[Inputs]:
         """What was recorded, one for each distinct input."""
@@ -135,45 +194,58 @@ class BlockRecorder:
                     self._last[1].names += names
                     self._records[names] = self._last[1]
                 else:
-                    self._records[names] = Inputs.empty(names, 1, x, self.hessians)
+                    self._records[names] = self._empty(names, 1, x)
             if names not in self._sharing:
                 self._last = (x, self._records[names])
                 self._records[names].add(x)
+                if self.pause:
+                    self.pause(names)
 
         return listen
 
+    def _empty(self, names: tuple[str, ...], experts: int, like: torch.Tensor) -> Inputs:
+        return Inputs.empty(names, experts, like, self.hessians, self.energy_cap, self.rough)
+
     def _attach_experts(self, module: Any, gate_up: tuple[str, ...], down: tuple[str, ...]) -> None:
         """Let a module with all experts in one tensor compute them one by one, recording what each gets."""
+        if not (gate_up or down):
+            return
         unusual = [
             what for what in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(module, what, False)
         ]
-        if unusual or not hasattr(module, "_apply_gate") or not (gate_up and down):
+        if unusual or not hasattr(module, "_apply_gate"):
             kind = type(module).__name__
             raise FewbitsError(f"Experts of the kind {kind} cannot be calibrated.", "Quantize without calibration.")
         experts = module.gate_up_proj.shape[0]
 
         def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             # hidden [tokens, columns]; chosen, weights [tokens, experts per token]
-            if gate_up not in self._records:
-                narrow = module.down_proj[:1, 0]
-                self._records[gate_up] = Inputs.empty(gate_up, experts, hidden, self.hessians)
-                self._records[down] = Inputs.empty(down, experts, narrow, self.hessians)
+            for names, like in ((gate_up, hidden), (down, module.down_proj[:1, 0])):
+                if names and names not in self._records:
+                    self._records[names] = self._empty(names, experts, like)
             out = torch.zeros_like(hidden)
             by_expert = chosen.reshape(-1).argsort(stable=True)
             seen = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
-            for expert, places in enumerate(by_expert.split(seen)):
-                if not len(places):
-                    continue
-                tokens = places // chosen.shape[-1]
-                x = hidden[tokens]
-                self._records[gate_up].add(x, expert)
-                x = module._apply_gate(nn.functional.linear(x, module.gate_up_proj[expert]))
-                self._records[down].add(x, expert)
+            reached = [(expert, places) for expert, places in enumerate(by_expert.split(seen)) if len(places)]
+            for expert, places in reached if gate_up else ():
+                self._records[gate_up].add(hidden[places // chosen.shape[-1]], expert)
+            if gate_up and self.pause:
+                self.pause(gate_up)
+            gated = []
+            for expert, places in reached:
+                x = nn.functional.linear(hidden[places // chosen.shape[-1]], module.gate_up_proj[expert])
+                gated.append(module._apply_gate(x))
+                if down:
+                    self._records[down].add(gated[-1], expert)
+            if down and self.pause:
+                self.pause(down)
+            for (expert, places), x in zip(reached, gated, strict=True):
                 x = nn.functional.linear(x, module.down_proj[expert])
-                out.index_add_(0, tokens, x * weights.reshape(-1)[places, None])
+                out.index_add_(0, places // chosen.shape[-1], (x * weights.reshape(-1)[places, None]).to(out.dtype))
             return out
 
         module.forward = forward
+        self._undo.append(partial(delattr, module, "forward"))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

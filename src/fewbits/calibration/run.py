@@ -96,7 +96,7 @@ def calibrate(
     if folder is not None:
         check_folder(folder, overwrite)
     added = [read_statistics(path) for path in merge]
-    job = _Job(open_model(model), final, folder, output_tensor, _device(device), overwrite, progress)
+    job = _Job(open_model(model), final, folder, output_tensor, resolve_device(device), overwrite, progress)
     statistics = None
     if paths:
         with job.clock.step("tokenize"):
@@ -111,7 +111,12 @@ def calibrate(
     return Calibration(statistics, job.report(statistics, [str(path) for path in merge], context))
 
 
-def _device(wanted: str) -> str:
+def resolve_device(wanted: str) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        FewbitsError: unknown, or not there.
+    """
     if wanted not in DEVICES:
         raise FewbitsError(f"There is no device {wanted!r}.", f"Choose one of: {', '.join(DEVICES)}.")
     there = torch.cuda.is_available()
@@ -147,12 +152,7 @@ class _Job:
         with self.clock.step("build"):
             streamed = StreamedModel(self.model)
             owned = owners(self.model)
-            if int(text.inputs.max()) >= streamed.n_vocab:
-                raise FewbitsError(
-                    f"{self.model.path}: the text has token {text.inputs.max()}, the vocabulary ends at "
-                    f"{streamed.n_vocab}.",
-                    "The tokenizer belongs to another model.",
-                )
+            text.check(streamed.n_vocab, self.model.path)
         tensors: dict[str, TensorStatistics] = {}
         with self.clock.step("embed"):
             stream = streamed.enter(text.inputs)

@@ -38,6 +38,18 @@ class CalibrationText:
     datasets: list[str]
     sha256: list[str]
 
+    def check(self, n_vocab: int, model: Path) -> None:
+        """Refuse tokens that a model does not have.
+
+        Raises:
+            FewbitsError: there is one.
+        """
+        if int(self.inputs.max()) >= n_vocab:
+            raise FewbitsError(
+                f"{model}: the text has token {self.inputs.max()}, the vocabulary ends at {n_vocab}.",
+                "The tokenizer belongs to another model.",
+            )
+
 
 def read_texts(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, context: int, chunks: int | None = None

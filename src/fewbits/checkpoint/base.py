@@ -23,8 +23,10 @@ class TensorInfo:
 
     Attributes:
         shape: row-major as in torch, last axis contiguous.
-        dtype: storage type by its codec name (`BF16`, `Q4_K`), or a type without codec (`F8_E4M3`, `I64`).
-        offset: bytes from the start of `file`.
+        dtype: storage type by its codec name (`BF16`, `Q4_K`), a type without codec (`F8_E4M3`, `I64`), or that of a
+            quantized module in several stored tensors (`INT4_G128`).
+        nbytes: of all stored tensors that it is made of.
+        offset: bytes from the start of `file`; of several stored tensors, where the largest lies.
     """
 
     name: str
@@ -49,15 +51,7 @@ class Checkpoint(ABC):
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """Stored bytes start:stop of a tensor."""
-        info = self.info(name)
-        stop = info.nbytes if stop is None else min(stop, info.nbytes)
-        # pread rather than mmap: mapped pages would count as resident memory until the kernel drops them
-        with open(info.file, "rb") as file:
-            file.seek(info.offset + start)
-            data = np.fromfile(file, np.uint8, stop - start)
-        if data.size != stop - start:
-            raise FewbitsError(f"{info.file}: tensor {name!r} ends early.", "Fetch the file again.")
-        return data
+        return stored_bytes(self.info(name), start, stop)
 
     def read(self, name: str, rows: Rows = None) -> npt.NDArray[np.float32]:
         """Decoded values as float32.
@@ -100,6 +94,22 @@ class Checkpoint(ABC):
             return self.lines(name, 0, 1).reshape(-1)[start:stop]
         per_row = prod(shape[1:-1])
         return self.lines(name, start * per_row, stop * per_row).reshape(stop - start, *shape[1:])
+
+
+def stored_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+    """Bytes start:stop of a tensor, read from its file.
+
+    Raises:
+        FewbitsError: the file has become shorter.
+    """
+    stop = info.nbytes if stop is None else min(stop, info.nbytes)
+    # pread rather than mmap: mapped pages would count as resident memory until the kernel drops them
+    with open(info.file, "rb") as file:
+        file.seek(info.offset + start)
+        data = np.fromfile(file, np.uint8, stop - start)
+    if data.size != stop - start:
+        raise FewbitsError(f"{info.file}: tensor {info.name!r} ends early.", "Fetch the file again.")
+    return data
 
 
 def check_layout(file: Path, size: int, tensors: list[TensorInfo]) -> None:

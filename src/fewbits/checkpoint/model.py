@@ -57,6 +57,11 @@ class Model:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
+    def dtype(self, name: str) -> str:
+        """Storage type of a tensor, e.g. `BF16` or `Q4_K`."""
+        stored = self._views[name].sources[0] if name in self._views else name
+        return self.checkpoint.tensors[stored].dtype
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32, by its Hugging Face name."""
         if name in self._views:

@@ -1,7 +1,6 @@
-"""Safetensors directories: single file or sharded by an index, bf16/f16/f32, fp8 with scales.
+"""Safetensors directories: single file or sharded by an index, bf16/f16/f32, and quantized as `layouts` knows.
 
-Layout: u64 header length, JSON header, data (https://github.com/huggingface/safetensors#format). fp8 checkpoints:
-DeepSeek's `weight_scale_inv` per 128x128 block and compressed-tensors' `weight_scale` per tensor or row.
+Layout: u64 header length, JSON header, data (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -13,51 +12,66 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fewbits import arch
 from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, element_count
+from fewbits.checkpoint.quantized import QuantizedWeights
+from fewbits.codecs.scaled_levels import E4M3
 from fewbits.errors import FewbitsError
 
+PROVENANCE = "fewbits.json"
+"""In a directory that we made: how, and on which texts it was calibrated."""
 MAX_HEADER = 100 * 2**20
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-SCALE_SUFFIXES = ("_scale_inv", "_scale")
-READABLE_QUANTIZATION = {"fp8", "compressed-tensors"}
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A Hugging Face model directory with safetensors weights.
+    """A Hugging Face model directory with safetensors weights. Quantized ones are read as the plain weights they mean.
 
     Raises:
         FewbitsError: no config.json or weights, damaged header, a shard that the index names is missing, a tensor in
-            two shards, weights already in a few-bit format that this reader does not decode.
+            two shards, quantized in a way that is not known.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json", "A model directory needs its config.json.")
-        self._refuse_foreign_quantization()
-        tensors: dict[str, TensorInfo] = {}
+        stored: dict[str, TensorInfo] = {}
         for file in self._files():
             for info in read_header(file):
-                if info.name in tensors:
-                    raise FewbitsError(f"{file}: tensor {info.name!r} is also in {tensors[info.name].file.name}.")
-                tensors[info.name] = info
-        self._scales = {name: info for name, info in tensors.items() if self._is_scale(name, tensors)}
-        self.tensors = {name: info for name, info in tensors.items() if name not in self._scales}
-        self._all = tensors
+                if info.name in stored:
+                    raise FewbitsError(f"{file}: tensor {info.name!r} is also in {stored[info.name].file.name}.")
+                stored[info.name] = info
+        self._quantized = QuantizedWeights(path, self._quantization(), stored, self._conv1d())
+        self.tensors = self._quantized.tensors
 
-    def info(self, name: str) -> TensorInfo:
-        return self._all[name] if name in self._all else super().info(name)
+    def _quantization(self) -> Any:
+        """Settings of the quantizer: in config.json, in older checkpoints under another key or in a file beside it."""
+        inside = self.config.get("quantization_config") or self.config.get("compression_config")
+        if inside:
+            return inside
+        gptq, awq = self.path / "quantize_config.json", self.path / "quant_config.json"
+        if gptq.exists():
+            return {"quant_method": "gptq", **read_json(gptq)}
+        if awq.exists():
+            found = read_json(awq)
+            return {"quant_method": "awq", "bits": found.get("w_bit"), "group_size": found.get("q_group_size"), **found}
+        return None
 
-    def _refuse_foreign_quantization(self) -> None:
-        quantization = self.config.get("quantization_config") or {}
-        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else str(quantization)
-        if method and method not in READABLE_QUANTIZATION:
-            raise FewbitsError(
-                f"{self.path}: the weights are already quantized with {method!r}, which cannot be read yet.",
-                "Start from the unquantized model.",
-            )
+    def _conv1d(self) -> tuple[str, ...]:
+        """Ends of the names of modules whose plain weight is [in, out]; none for an architecture that is not known."""
+        try:
+            roles = arch.family_of(self.config).block_roles
+        except FewbitsError:
+            return ()
+        return tuple(f".{role.hf}" for role in roles if role.change == "transpose")
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        if name in self._quantized:
+            raise FewbitsError(f"{self.path}: {name!r} is stored as {self.info(name).dtype}, in several tensors.")
+        return super().raw(name, start, stop)
 
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -80,58 +94,16 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise FewbitsError(f"{index}: shard {name} is missing.", "Fetch it into the model directory.")
         return [self.path / name for name in names]
 
-    @staticmethod
-    def _is_scale(name: str, tensors: dict[str, TensorInfo]) -> bool:
-        owner = next((name.removesuffix(s) for s in SCALE_SUFFIXES if name.endswith(s)), None)
-        return owner in tensors and tensors[owner].dtype == "F8_E4M3" if owner else name.endswith(".input_scale")
-
     def _read_range(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        if name in self._quantized:
+            return self._quantized.read(name, start, stop)
         info = self.info(name)
-        if info.dtype == "F8_E4M3":
-            return self._read_fp8(info, start, stop)
-        if info.dtype == "F64":
-            row = info.nbytes // info.shape[0] if info.shape else info.nbytes
-            values = self.raw(name, start * row, stop * row).view(np.float64).astype(np.float32)
-            return values.reshape(stop - start, *info.shape[1:])
-        return self.decode(name, start, stop)
-
-    def _read_fp8(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
-        row = info.nbytes // info.shape[0]
-        codes = self.raw(info.name, start * row, stop * row).reshape(stop - start, *info.shape[1:])
-        values = FP8_E4M3[codes]
-        scale_name = next((info.name + s for s in SCALE_SUFFIXES if info.name + s in self._scales), None)
-        if scale_name is None:
-            return values
-        scale = self.read(scale_name)
-        if scale.ndim < 2 or values.ndim != 2:
-            return values * (scale if scale.size == 1 else scale.reshape(-1, 1)[start:stop])
-        if scale.shape == (info.shape[0], 1):
-            return values * scale[start:stop]
-        block = self._block_size(info, scale)
-        rows = np.arange(start, stop) // block[0]
-        return values * np.repeat(scale[rows], block[1], axis=1)[:, : info.shape[1]]
-
-    def _block_size(self, info: TensorInfo, scale: npt.NDArray[np.float32]) -> tuple[int, int]:
-        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
-        expected = tuple(-(-n // b) for n, b in zip(info.shape, block, strict=True))
-        if scale.shape != expected:
-            raise FewbitsError(
-                f"{info.file}: the scales of {info.name!r} have shape {list(scale.shape)}, blocks of {block} need "
-                f"{list(expected)}."
-            )
-        return block[0], block[1]
-
-
-def _fp8_table() -> npt.NDArray[np.float32]:
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    value = np.where((code & 127) == 127, np.nan, value)
-    return np.where(code & 128, -value, value).astype(np.float32)
-
-
-FP8_E4M3 = _fp8_table()
-"""Value of each E4M3 (fn) code: bias 7, no infinities, 0x7f and 0xff are NaN (OCP 8-bit floating point, 2023)."""
+        if info.dtype not in ("F8_E4M3", "F64"):
+            return self.decode(name, start, stop)
+        row = info.nbytes // info.shape[0] if info.shape else info.nbytes
+        data = self.raw(name, start * row, stop * row)
+        values = E4M3[data] if info.dtype == "F8_E4M3" else data.view(np.float64).astype(np.float32)
+        return values.reshape(stop - start, *info.shape[1:])
 
 
 def read_json(file: Path, hint: str = "") -> dict[str, Any]:

@@ -12,7 +12,10 @@ from fewbits.plan import MixtureOptions
 
 MODEL_HELP = "A model directory, a GGUF file, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help="A preset such as Q4_K_M; see `fewbits list`.")]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="Q4_K_M or another GGUF preset, or gptq:w4g128, ...; see `fewbits list`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores to use; all by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
@@ -60,6 +63,21 @@ Hessians = Annotated[
         help="Hessians of `calibrate --hessians`: codes are chosen with error feedback where the type allows.",
     ),
 ]
+
+Method = Annotated[
+    str | None, typer.Option("--method", help="How a directory's codes are chosen, if not as the target usually does.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="REGEX", help="Linear layers that a directory keeps unquantized; may be repeated."),
+]
+MeasureText = Annotated[
+    Path | None, typer.Option("--measure", metavar="TEXT", help="Measure a directory's loss and tell it in its card.")
+]
+MeasureChunks = Annotated[
+    int | None, typer.Option("--measure-chunks", min=1, help="Most windows of the text to measure on.")
+]
+Device = Annotated[str, typer.Option("--device", help="Where calibration runs: cpu, cuda or auto.")]
 
 
 def mixture_options(

@@ -33,6 +33,8 @@ def command(
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
     hessians: o.Hessians = None,
+    method: o.Method = None,
+    keep: o.Keep = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row for every tensor.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -52,6 +54,8 @@ def command(
         calibration=calibration or (),
         calibration_chunks=calibration_chunks,
         hessians=hessians,
+        method=method,
+        keep=keep or (),
     )
     if output is not None:
         made.save(output)

@@ -32,6 +32,11 @@ def command(
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
     hessians: o.Hessians = None,
+    method: o.Method = None,
+    keep: o.Keep = None,
+    device: o.Device = "cpu",
+    measure: o.MeasureText = None,
+    measure_chunks: o.MeasureChunks = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -57,6 +62,8 @@ def command(
             calibration=calibration or (),
             calibration_chunks=calibration_chunks,
             hessians=hessians,
+            method=method,
+            keep=keep or (),
         )
         plan_verb.show(made, json)
         return
@@ -73,6 +80,11 @@ def command(
             calibration=calibration or (),
             calibration_chunks=calibration_chunks,
             hessians=hessians,
+            method=method,
+            keep=keep or (),
+            device=device,
+            measure_text=measure,
+            measure_chunks=measure_chunks,
             threads=threads,
             overwrite=overwrite,
             progress=progress,

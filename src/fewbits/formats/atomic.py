@@ -28,14 +28,14 @@ class AtomicFile:
         try:
             self.stream: BinaryIO = open(self.partial, "wb")
         except OSError as error:
-            raise self._explain(error) from None
+            raise explain(self.path, error) from None
         return self
 
     def write(self, data: bytes | memoryview) -> None:
         try:
             self.stream.write(data)
         except OSError as error:
-            raise self._explain(error) from None
+            raise explain(self.path, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -47,17 +47,19 @@ class AtomicFile:
                 os.replace(self.partial, self.path)
         except OSError as fault:
             if error is None:
-                raise self._explain(fault) from None
+                raise explain(self.path, fault) from None
         finally:
             # a failed flush leaves the stream open with its buffer: close the descriptor without writing it
             if not self.stream.closed:
                 self.stream.raw.close() if hasattr(self.stream, "raw") else None
             self.partial.unlink(missing_ok=True)
 
-    def _explain(self, error: OSError) -> FewbitsError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return FewbitsError(f"{self.path}: no room left on the disk.", "Free some or choose another output folder.")
-        return FewbitsError(f"{self.path}: cannot be written ({error.strerror}).", "Choose another output.")
+
+def explain(path: Path, error: OSError) -> FewbitsError:
+    """What a failed write means to the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return FewbitsError(f"{path}: no room left on the disk.", "Free some or choose another output folder.")
+    return FewbitsError(f"{path}: cannot be written ({error.strerror or error}).", "Choose another output.")
 
 
 def check_output(path: Path, overwrite: bool) -> None:

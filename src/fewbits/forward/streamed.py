@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -205,9 +205,49 @@ class StreamedModel:
     def run_block(self, index: int, block: nn.Module, stream: Stream, device: str = "cpu") -> None:
         """Take all windows through a block that lies on a device; the windows stay where they are."""
         for batch in stream.batches:
+            self.run_batch(index, block, stream, batch, device)
+
+    def run_batch(self, index: int, block: nn.Module, stream: Stream, batch: slice, device: str = "cpu") -> None:
+        """Take some windows through a block."""
+        args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
+        out = block(stream.hidden[batch].to(device), *args, **kwargs)
+        stream.hidden[batch] = self.round(out if isinstance(out, torch.Tensor) else out[0])
+
+    def watch_block(
+        self, index: int, block: nn.Module, stream: Stream, device: str = "cpu", batches: int | None = None
+    ) -> None:
+        """Take windows through a block for those who observe its modules; the results are dropped.
+
+        Args:
+            batches: only the first so many; None means all.
+        """
+        for batch in stream.batches[:batches]:
             args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
-            out = block(stream.hidden[batch].to(device), *args, **kwargs)
-            stream.hidden[batch] = self.round(out if isinstance(out, torch.Tensor) else out[0])
+            block(stream.hidden[batch].to(device), *args, **kwargs)
+
+    def weights_of(self, index: int, block: nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters of a materialized block by stored name: views, of experts' common tensors one for each."""
+        views: dict[str, torch.Tensor] = {}
+        for name, parameter in block.named_parameters():
+            sources = self.sources(f"{self.block_path(index)}.{name}")
+            if parameter.ndim == 3 and sources and ".0." in sources[0]:
+                for expert, matrix in enumerate(parameter.data):
+                    parts = matrix.chunk(len(sources))
+                    views |= {
+                        re.sub(r"\bexperts\.0\.", f"experts.{expert}.", source): part
+                        for source, part in zip(sources, parts, strict=True)
+                    }
+            elif len(sources) == 1:
+                views[sources[0]] = parameter.data
+        return views
+
+    def linears(self, index: int, block: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+        """The modules of a block whose weight is one of these stored tensors, by its name."""
+        found: dict[str, nn.Module] = {}
+        for name, module in block.named_modules():
+            stored = self.sources(f"{self.block_path(index)}.{name}.weight") if hasattr(module, "weight") else ()
+            found |= {stored[0]: module} if len(stored) == 1 and stored[0] in names else {}
+        return found
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The head in memory: normed hidden states [n, hidden] -> float32 logits [n, n_vocab], softcap applied."""

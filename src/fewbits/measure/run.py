@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fewbits.calibration.statistics import DATASET_KEY, text_mark
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_model
+from fewbits.checkpoint.safetensors import PROVENANCE, read_json
 from fewbits.errors import FewbitsError
 from fewbits.forward.clock import Clock
 from fewbits.forward.identity import fingerprint
@@ -196,10 +197,14 @@ def _same_tokenizer(tokenizer: PreTrainedTokenizerFast, measured: Model, text: T
 
 def _refuse_calibration_text(measured: Model, passage: Text) -> None:
     """What a file was calibrated on flatters it."""
-    if not isinstance(measured.checkpoint, GGUFCheckpoint):
-        return
-    dataset = measured.checkpoint.metadata.get(DATASET_KEY, "")
-    if text_mark(passage.sha256) in str(dataset).split():
+    if isinstance(measured.checkpoint, GGUFCheckpoint):
+        dataset = measured.checkpoint.metadata.get(DATASET_KEY, "")
+        seen = text_mark(passage.sha256) in str(dataset).split()
+    else:
+        file = measured.path / PROVENANCE
+        known = read_json(file).get("calibration_sha256") if file.is_file() else None
+        seen = isinstance(known, list) and passage.sha256 in known
+    if seen:
         raise FewbitsError(
             f"{measured.path}: was calibrated on {passage.path}, which flatters it.", "Measure it on another text."
         )

@@ -1,7 +1,23 @@
-"""Weights and statistics -> codes. A method takes rows of weights and a codec; it knows no files."""
+"""Weights and statistics -> codes. A method takes weights and a storage type; it knows no files."""
 
 from fewbits.methods.base import METHODS, Factor, Method, method
-from fewbits.methods.direct import Convert, Search
-from fewbits.methods.feedback import Feedback, factorize
+from fewbits.methods.direct import Convert, RoundToNearest, Search
+from fewbits.methods.gptq import GPTQ, factorize
+from fewbits.methods.hqq import HQQ
+from fewbits.methods.rescaled import AWQ, RescaledGPTQ, SmoothQuant
 
-__all__ = ["METHODS", "Convert", "Factor", "Feedback", "Method", "Search", "factorize", "method"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "METHODS",
+    "Convert",
+    "Factor",
+    "Method",
+    "RescaledGPTQ",
+    "RoundToNearest",
+    "Search",
+    "SmoothQuant",
+    "factorize",
+    "method",
+]

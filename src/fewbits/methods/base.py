@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
+from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
 
 
@@ -30,7 +31,8 @@ METHODS: dict[str, type[Method]] = {}
 
 
 class Method(ABC):
-    """A way of choosing codes for rows of weights."""
+    """A way of choosing codes: for rows of weights in a type of blocks, for a whole matrix in a type with scales, or
+    for both."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -40,7 +42,6 @@ class Method(ABC):
         METHODS[cls.name] = cls
 
     @classmethod
-    @abstractmethod
     def quantize(
         cls,
         weights: npt.NDArray[np.float32],
@@ -58,7 +59,30 @@ class Method(ABC):
 
         Returns:
             uint8 [rows, bytes per row].
+
+        Raises:
+            FewbitsError: the method is not for types of blocks.
         """
+        raise FewbitsError(f"The method {cls.name!r} does not make {codec.name}.", "Leave the choice to the target.")
+
+    @classmethod
+    def fit(
+        cls,
+        weights: npt.NDArray[np.float32],
+        kind: Scaled,
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
+        amax: float | None = None,
+    ) -> Quantized:
+        """Choose scales and codes of a matrix; arguments as for `quantize`.
+
+        Args:
+            amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
+
+        Raises:
+            FewbitsError: the method is not for matrices of this type.
+        """
+        raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
 
 
 def method(name: str) -> type[Method]:

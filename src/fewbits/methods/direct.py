@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
+from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.methods.base import Factor, Method
 
 
@@ -45,3 +46,32 @@ class Search(Method):
         factor: Factor | None = None,
     ) -> npt.NDArray[np.uint8]:
         return codec.encode(weights, importance)
+
+    @classmethod
+    def fit(
+        cls,
+        weights: npt.NDArray[np.float32],
+        kind: Scaled,
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
+        amax: float | None = None,
+    ) -> Quantized:
+        return kind.search(weights, importance, amax)
+
+
+class RoundToNearest(Method):
+    """What each ecosystem does where nothing is chosen: scales from the largest value or the range."""
+
+    name = "rtn"
+    summary = "takes scales from the largest weight or the range of each block and rounds to nearest"
+
+    @classmethod
+    def fit(
+        cls,
+        weights: npt.NDArray[np.float32],
+        kind: Scaled,
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
+        amax: float | None = None,
+    ) -> Quantized:
+        return kind.settle(weights, amax)

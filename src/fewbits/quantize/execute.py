@@ -61,7 +61,7 @@ def check(
         FewbitsError: the output exists, the disk is full, or the plan needs Hessians that are not there.
     """
     if learned is None or learned.factors is None:
-        asked = next((tensor.name for tensor in plan.tensors if tensor.method == "feedback"), None)
+        asked = next((tensor.name for tensor in plan.tensors if tensor.method == "gptq"), None)
         if asked:
             raise FewbitsError(f"The plan asks for error feedback for {asked!r}.", "Pass --calibration and --hessians.")
     shards = shards_of(plan, source.metadata, output)
@@ -107,11 +107,11 @@ def execute(
         n_fallbacks=len(plan.fallbacks),
         notes=plan.notes,
         seconds=time.monotonic() - started,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The process's largest resident set in bytes, 0 where the system does not tell.
 
     Linux's ru_maxrss may hold what the parent had at the fork, so it is asked last.
@@ -188,5 +188,5 @@ def _encode(
     # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
     chosen = method("convert" if tensor.method == "copy" else tensor.method)
     importance = learned.importance(tensor.name, expert)
-    factor = learned.factor(tensor.name, expert) if tensor.method == "feedback" else None
+    factor = learned.factor(tensor.name, expert) if tensor.method == "gptq" else None
     return chosen.quantize(weights, codec(tensor.codec), importance, factor)

@@ -101,10 +101,10 @@ def with_feedback(plan: Plan, factors: Factors, texts: Sequence[str]) -> Plan:
     """
     tensors, fed, silent = [], 0, 0
     for tensor in plan.tensors:
-        if tensor.method in ("search", "feedback") and layer_of(tensor.name) >= 0 and fixed_scales(codec(tensor.codec)):
+        if tensor.method in ("search", "gptq") and layer_of(tensor.name) >= 0 and fixed_scales(codec(tensor.codec)):
             silent += factors.check(tensor, texts)
             fed += 1
-            tensors.append(tensor.model_copy(update={"method": "feedback"}))
+            tensors.append(tensor.model_copy(update={"method": "gptq"}))
         else:
             tensors.append(tensor)
     notes = [f"{fed} tensors are rounded with error feedback"]

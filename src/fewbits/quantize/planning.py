@@ -10,6 +10,7 @@ from typing import Any
 from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import Shard, TensorEntry, lay_out
 from fewbits.plan import MixtureOptions, Plan, PlannedFile, apply_edits, plan_tensors, preset
+from fewbits.plan.directory import is_directory_target
 from fewbits.plan.presets import FLOAT_TYPES
 from fewbits.version import __version__
 
@@ -64,8 +65,10 @@ def make_plan(source: GGUFSource, request: PlanRequest) -> Plan:
 
 
 def default_output(model: Path, target: str) -> Path:
-    """`<model name>-<TARGET>.gguf` in the current folder."""
+    """`<model name>-<TARGET>.gguf`, or a directory `<model name>-<target>`, in the current folder."""
     stem = model.stem if model.suffix == ".gguf" else model.resolve().name
+    if is_directory_target(target):
+        return Path(f"{stem}-{target.replace(':', '-')}")
     return Path(f"{stem}-{target.upper()}.gguf")
 
 

@@ -15,7 +15,7 @@ from fewbits.checkpoint import GGUFCheckpoint
 from fewbits.codecs import CODECS, codec
 from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError
-from fewbits.methods import Feedback, Search, factorize
+from fewbits.methods import GPTQ, Search, factorize
 from tiny_models import save_tiny
 
 SINGLE = [name for name, kind in CODECS.items() if kind.code_bytes is not None]
@@ -84,7 +84,7 @@ def test_a_hessian_that_is_none_is_refused(bad: float) -> None:
 def test_dead_columns_do_no_harm() -> None:
     factor = factorize(np.zeros((COLUMNS, COLUMNS), np.float32))
     np.testing.assert_array_equal(
-        Feedback.quantize(weights(), codec("Q4_0"), None, factor), codec("Q4_0").encode(weights())
+        GPTQ.quantize(weights(), codec("Q4_0"), None, factor), codec("Q4_0").encode(weights())
     )
 
 
@@ -99,16 +99,16 @@ def test_outputs_come_nearer(name: str) -> None:
         return float(((inputs @ (codec(name).decode(data) - x).T) ** 2).mean())
 
     searched = loss(Search.quantize(x, codec(name), importance))
-    assert loss(Feedback.quantize(x, codec(name), importance, factor)) < 0.8 * searched
+    assert loss(GPTQ.quantize(x, codec(name), importance, factor)) < 0.8 * searched
     # rows do not depend on each other; only the rounding of the matrix products may differ
-    parts = [Feedback.quantize(part, codec(name), importance, factor) for part in (x[:5], x[5:])]
-    assert abs(loss(np.concatenate(parts)) / loss(Feedback.quantize(x, codec(name), importance, factor)) - 1) < 0.01
+    parts = [GPTQ.quantize(part, codec(name), importance, factor) for part in (x[:5], x[5:])]
+    assert abs(loss(np.concatenate(parts)) / loss(GPTQ.quantize(x, codec(name), importance, factor)) - 1) < 0.01
 
 
 def test_codebooks_are_searched_as_before() -> None:
     factor = factorize(np.eye(COLUMNS, dtype=np.float32))
     np.testing.assert_array_equal(
-        Feedback.quantize(weights(), codec("IQ3_S"), None, factor), codec("IQ3_S").encode(weights())
+        GPTQ.quantize(weights(), codec("IQ3_S"), None, factor), codec("IQ3_S").encode(weights())
     )
 
 

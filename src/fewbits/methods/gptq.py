@@ -1,4 +1,4 @@
-"""Error feedback (GPTQ; Frantar et al., arXiv 2210.17323) within the scales that a codec's own search has found."""
+"""GPTQ (Frantar et al., arXiv 2210.17323): error feedback within the scales that a type's own search has found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fewbits.codecs import Codec
 from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
 from fewbits.methods.base import Factor, Method
@@ -45,10 +46,14 @@ def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Fac
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
-class Feedback(Method):
-    """Scales by the codec's search; then codes column by column, each error made up for by the columns to come."""
+class GPTQ(Method):
+    """Scales by the type's search; then codes column by column, each error made up for by the columns to come.
 
-    name = "feedback"
+    The scales are settled on the unmodified weights before any column is rounded ("static groups"), so columns may be
+    taken in any order, the most active first ("act order"), without the file telling of it.
+    """
+
+    name = "gptq"
     summary = "searches scales, then rounds column by column, passing errors on to the columns to come (GPTQ)"
 
     @classmethod
@@ -63,17 +68,54 @@ class Feedback(Method):
         scales = fixed_scales(codec)
         if factor is None or scales is None:
             return data
-        low, width = (np.ascontiguousarray(part.T[factor.order]) for part in scales.ranges(data))
-        left = np.ascontiguousarray(weights.T[factor.order])
-        codes = np.empty(left.shape, np.uint8)
-        errors = np.empty((COLUMNS, left.shape[1]), np.float32)
-        for start in range(0, left.shape[0], COLUMNS):
-            stop = min(start + COLUMNS, left.shape[0])
-            here = slice(start, stop)
-            part = np.ascontiguousarray(factor.upper[here, here])
-            now = errors[: stop - start]
-            round_columns(left[here], low[here], width[here], part, scales.levels, scales.uniform, codes[here], now)
-            left[stop:] -= factor.upper[here, stop:].T @ now
-        back = np.empty_like(codes)
-        back[factor.order] = codes
-        return scales.with_codes(data, np.ascontiguousarray(back.T))
+        low, width = scales.ranges(data)
+        return scales.with_codes(data, feed(weights, low, width, scales.levels, scales.uniform, factor))
+
+    @classmethod
+    def fit(
+        cls,
+        weights: npt.NDArray[np.float32],
+        kind: Scaled,
+        importance: npt.NDArray[np.float32] | None = None,
+        factor: Factor | None = None,
+        amax: float | None = None,
+    ) -> Quantized:
+        found = kind.search(weights, importance, amax)
+        if factor is None:
+            return found
+        low, width = kind.ranges(found, weights.shape)
+        levels, uniform = kind.ladder01()
+        return kind.from_ranks(feed(weights, low, width, levels, uniform, factor), found)
+
+
+def feed(
+    weights: npt.NDArray[np.float32],
+    low: npt.NDArray[np.float32],
+    width: npt.NDArray[np.float32],
+    levels: npt.NDArray[np.float32],
+    uniform: bool,
+    factor: Factor,
+) -> npt.NDArray[np.uint8]:
+    """Choose codes column by column, where a code stands for low + width * levels[code].
+
+    Args:
+        weights, low, width: float32 [rows, columns].
+        levels: float32 [codes], ascending from 0 to 1.
+        uniform: whether the levels are evenly spaced.
+
+    Returns:
+        uint8 [rows, columns].
+    """
+    low, width, left = (np.ascontiguousarray(part.T[factor.order]) for part in (low, width, weights))
+    codes = np.empty(left.shape, np.uint8)
+    errors = np.empty((COLUMNS, left.shape[1]), np.float32)
+    for start in range(0, left.shape[0], COLUMNS):
+        stop = min(start + COLUMNS, left.shape[0])
+        here = slice(start, stop)
+        part = np.ascontiguousarray(factor.upper[here, here])
+        now = errors[: stop - start]
+        round_columns(left[here], low[here], width[here], part, levels, uniform, codes[here], now)
+        left[stop:] -= factor.upper[here, stop:].T @ now
+    back = np.empty_like(codes)
+    back[factor.order] = codes
+    return np.ascontiguousarray(back.T)

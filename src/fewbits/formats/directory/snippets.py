@@ -1,0 +1,59 @@
+"""How engines load our directories: data for the model card."""
+
+from __future__ import annotations
+
+from fewbits.formats.directory.card import Snippet
+
+_TRANSFORMERS = """\
+# pip install {packages}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="{dtype}", device_map="auto")
+inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+"""
+_HQQ = """\
+# pip install hqq; transformers 5 cannot load HQQ by itself
+import torch
+from hqq.core.quantize import HQQLinear
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+tensors = load_file("DIRECTORY/model.safetensors")
+config = AutoConfig.from_pretrained("DIRECTORY")
+del config.quantization_config
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+for name, module in list(model.named_modules()):
+    if f"{name}.W_q" in tensors:
+        model.set_submodule(name, HQQLinear(None, None, compute_dtype=torch.float16, device="cpu"))
+model.load_state_dict(tensors, strict=False)
+"""
+_VLLM = Snippet("vLLM", "vllm serve DIRECTORY", "sh")
+_PACKAGES = {
+    "gptq": ("transformers accelerate optimum gptqmodel", "float16"),
+    "awq": ("transformers accelerate gptqmodel", "float16"),
+    "bitsandbytes": ("transformers accelerate bitsandbytes", "auto"),
+    "compressed-tensors": ("transformers accelerate compressed-tensors", "bfloat16"),
+    "fp8": ("transformers accelerate", "auto"),
+}
+"""By `quant_method`: what transformers needs installed, and the type of the other tensors."""
+_SERVED = {"gptq", "awq", "compressed-tensors", "fp8"}
+"""What vLLM reads; its list of methods has no bitsandbytes since 0.32."""
+
+
+def snippets(quant_method: str, vllm: bool = True) -> list[Snippet]:
+    """The snippets for a `quantization_config.quant_method`; none for one that is not known.
+
+    Args:
+        vllm: whether vLLM runs this very target: it takes symmetric 4 and 8-bit GPTQ only.
+    """
+    found = []
+    if quant_method == "hqq":
+        return [Snippet("hqq", _HQQ)]
+    if quant_method in _PACKAGES:
+        packages, dtype = _PACKAGES[quant_method]
+        found.append(Snippet("transformers", _TRANSFORMERS.format(packages=packages, dtype=dtype)))
+    if vllm and quant_method in _SERVED:
+        found.append(_VLLM)
+    return found

@@ -1,0 +1,178 @@
+"""How one ecosystem stores a quantized weight: pure functions between a matrix in a storage type and named arrays.
+
+A layout knows no files: formats write what it packs, and checkpoints read with it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs.scaled import Quantized, Scaled
+
+LAYOUTS: dict[str, type[Layout]] = {}
+"""By name of the ecosystem, which begins a target: `gptq` in `gptq:w4g128`."""
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""By suffix to the module's name. BF16 comes as uint16 and 8-bit floats as uint8: numpy has neither."""
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a quantized weight: its type by safetensors' name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+class Layout(ABC):
+    """One target of an ecosystem; immutable. Subclasses are frozen dataclasses that fill the registry by being defined.
+
+    Attributes:
+        name: of the ecosystem, as it begins a target.
+        quant_method: value of config.json's `quantization_config.quant_method`.
+        markers: suffixes by which a module is known to be quantized, whichever is there.
+        type: storage type of the weights.
+    """
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]
+    markers: ClassVar[tuple[str, ...]]
+    float_dtype: ClassVar[str] = ""
+    """Type of a directory's other tensors where the source's is neither F16 nor BF16; empty: BF16."""
+    self_describing: ClassVar[bool] = False
+    """Whether its markers alone tell this layout from all others, without a `quantization_config`."""
+    described_by: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of small parts whose values, and not shapes alone, say what a module is."""
+    type: Scaled
+
+    @property
+    def engine_dtype(self) -> str:
+        """The one type of the other tensors with which engines run such a model; empty: F16 and BF16 both do."""
+        return ""
+
+    @property
+    def activations(self) -> Literal["float", "dynamic", "static"]:
+        """What engines multiply with: floats, or inputs that they quantize by scales found token by token (dynamic) or
+        kept in the checkpoint (static)."""
+        return "float"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in cls.__dict__:
+            LAYOUTS[cls.name] = cls
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> Mapping[str, str]:
+        """Targets without the ecosystem's name, and one line on each, for `fewbits list` and for error messages."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: str) -> Layout:
+        """The layout that a target names after the colon, e.g. `w4g128`.
+
+        Raises:
+            FewbitsError: it is not known; the message lists what is.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Layout:
+        """The layout of a checkpoint.
+
+        Args:
+            config: config.json's `quantization_config`, which anybody may have written.
+
+        Raises:
+            FewbitsError: a setting that cannot be read.
+        """
+
+    @abstractmethod
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse a matrix [out, in] that the layout cannot hold.
+
+        Raises:
+            FewbitsError: names what does not divide and the nearest target that works.
+        """
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """The stored tensors of a matrix [out, in], by suffix to the module's name, e.g. `.qweight`."""
+
+    @abstractmethod
+    def pack(
+        self, matrix: Quantized, g_idx: npt.NDArray[np.integer] | None = None, input_peak: float | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of `parts`.
+
+        Args:
+            matrix: codes in the original order of columns, [out, in].
+            g_idx: group of each column [in], for layouts whose groups need not be neighbours.
+            input_peak: largest absolute activation that this layer, or one that engines fuse with it, gets: for layouts
+                that store scales of activations.
+
+        Raises:
+            FewbitsError: the layout cannot hold the matrix, or needs a peak.
+        """
+
+    @abstractmethod
+    def shape_of(self, parts: Mapping[str, Part]) -> tuple[int, int]:
+        """[out, in] of the matrix that these stored tensors hold.
+
+        Raises:
+            FewbitsError: a part is missing or its shape does not fit the others.
+        """
+
+    def holds(self, parts: Mapping[str, Part]) -> bool:
+        """Whether these stored tensors, a marker among them, are a quantized weight.
+
+        A float `.weight` beside a marker is a plain weight with the settings for quantizing it some day.
+        """
+        return ".weight" not in parts or parts[".weight"].dtype not in ("F64", "F32", "F16", "BF16")
+
+    def identify(self, parts: Mapping[str, Part], values: Arrays) -> tuple[Layout, tuple[int, int]]:
+        """The layout of one module of a checkpoint of this layout, and its shape [out, in].
+
+        Args:
+            values: the parts that `described_by` names.
+
+        Raises:
+            FewbitsError: a part is missing, does not fit the others or says what cannot be.
+        """
+        return self, self.shape_of(parts)
+
+    @abstractmethod
+    def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """The weights, float32 [out, in], as the engine decodes them.
+
+        Raises:
+            FewbitsError: a value that cannot be (scales that are not finite, an index out of range).
+        """
+
+    @abstractmethod
+    def config(self, kept: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, Any]:
+        """config.json's `quantization_config`.
+
+        Args:
+            kept: names of the linear modules that stay unquantized (`lm_head` among them).
+            quantized: names of the others, for loaders that want a list of these.
+        """
+
+    def for_floats(self, dtype: str) -> Layout:
+        """This layout in a directory whose other tensors are `F16`, `BF16` or `F32`, where it takes note of that."""
+        return self
+
+    def extra_files(self, kept: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Further JSON files that loaders of the ecosystem look for, by file name."""
+        return {}

@@ -1,0 +1,228 @@
+"""Plans of model directories: every linear of the decoder blocks in one storage type, everything else as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fewbits import arch
+from fewbits.errors import FewbitsError
+from fewbits.layouts import LAYOUTS, Layout
+from fewbits.plan.schema import PlannedTensor
+
+CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant")
+"""Methods that look at what text makes of a model."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was asked for: an ecosystem's layout, and how codes are chosen.
+
+    Attributes:
+        name: e.g. `gptq:w4g128`.
+        method: of the weights.
+    """
+
+    name: str
+    layout: Layout
+    method: str
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text runs through the model: for the method, or for scales of activations."""
+        return self.method in CALIBRATED or self.layout.activations == "static"
+
+
+def is_directory_target(name: str) -> bool:
+    """Whether a target names an ecosystem's directory (`gptq:w4g128`) rather than a preset of GGUF."""
+    return ":" in name
+
+
+def directory_targets() -> dict[str, str]:
+    """Every target that is worth naming, and what it is."""
+    return {
+        f"{name}:{spec}": summary for name, layout in LAYOUTS.items() for spec, summary in layout.examples().items()
+    }
+
+
+def target(name: str, method: str | None, calibrated: bool) -> Target:
+    """Find out what a target asks for.
+
+    Args:
+        name: e.g. `ct:w4a16g128`.
+        method: None for what the ecosystem's own tools would do, or what comes nearest without calibration.
+        calibrated: whether there is text to calibrate with.
+
+    Raises:
+        FewbitsError: unknown target or method, a method that does not make this type, or one that needs calibration.
+    """
+    family, _, spec = name.strip().lower().partition(":")
+    if family not in LAYOUTS:
+        raise FewbitsError(f"Unknown target {name!r}.", f"Known: {', '.join(directory_targets())}.")
+    layout = LAYOUTS[family].from_spec(spec)
+    fitting = methods_for(layout)
+    if method is None:
+        method = next(known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
+    if method not in fitting:
+        raise FewbitsError(f"{name}: {method!r} does not make it.", f"Choose one of: {', '.join(fitting)}.")
+    if method in CALIBRATED and not calibrated:
+        others = [known for known in fitting if known not in CALIBRATED]
+        way_out = f"; or do without: --method {others[0]}" if others else ""
+        raise FewbitsError(f"{name}: {method} needs calibration.", f"Pass --calibration TEXT{way_out}.")
+    found = Target(f"{family}:{spec}", layout, method)
+    if found.calibrated and not calibrated:
+        raise FewbitsError(f"{name}: the scales of its activations need calibration.", "Pass --calibration TEXT.")
+    return found
+
+
+def _needs(family: str) -> bool:
+    """Whether an ecosystem is named after a method that needs text: leaving it out silently would mislead."""
+    return family in CALIBRATED
+
+
+def methods_for(layout: Layout) -> tuple[str, ...]:
+    """The methods that make a layout's type, the one taken first."""
+    kind, own = layout.type, layout.name
+    if kind.zero == "float":
+        return ("hqq", "rtn")
+    if kind.levels == "E4M3":
+        return ("rtn", "search")
+    if layout.name == "bnb":
+        return ("rtn", "search") if kind.scale == "NESTED" or kind.levels == "INT" else ("rtn", "search", "gptq")
+    if kind.levels == "INT" and kind.bits == 8 and layout.activations != "float":
+        return ("smoothquant", "rtn", "search", "gptq")
+    if kind.levels == "INT":
+        first, last = ("awq", "gptq") if own == "awq" else ("gptq", "awq")
+        return (first, "search", "rtn", last, "awq+gptq")
+    return ("search", "rtn", "gptq")
+
+
+def plan_directory(
+    config: Mapping[str, Any],
+    stored: Mapping[str, tuple[tuple[int, ...], str]],
+    chosen: Target,
+    keep: Sequence[str] = (),
+) -> tuple[list[PlannedTensor], list[str]]:
+    """Plan every tensor of a model directory.
+
+    Args:
+        config: config.json.
+        stored: Hugging Face name -> shape and storage type.
+        keep: regular expressions; linears whose name one of them finds stay as they are.
+
+    Returns:
+        The planned tensors, and notes.
+
+    Raises:
+        FewbitsError: a group that does not divide a row, a fused sibling left out, nothing left to quantize, an
+            expression that is none.
+    """
+    linears = arch.decoder_linears(config, {name: shape for name, (shape, _) in stored.items()})
+    odd = next((linear.weight for linear in linears if not linear.plain), None)
+    if odd:
+        raise FewbitsError(
+            f"{odd}: not a plain linear layer, which engines of {chosen.layout.name} checkpoints expect.",
+            "Make a GGUF instead, e.g. Q4_K_M.",
+        )
+    kept = _kept(linears, keep)
+    _check_siblings(config, linears, kept)
+    quantized = {linear.weight for linear in linears} - kept
+    if not quantized:
+        raise FewbitsError("Every linear layer is kept: nothing would be quantized.", "Keep fewer with --keep.")
+    tensors = [
+        _quantized(name, shape, dtype, chosen)
+        if name in quantized
+        else _as_it_is(name, shape, dtype, chosen.layout, name in kept)
+        for name, (shape, dtype) in stored.items()
+    ]
+    notes = [f"{len(kept)} linear layers stay as they are"] if kept else []
+    return tensors, notes
+
+
+def _kept(linears: Sequence[arch.DecoderLinear], keep: Sequence[str]) -> set[str]:
+    kept = set()
+    for expression in keep:
+        try:
+            found = re.compile(expression)
+        except re.error as error:
+            raise FewbitsError(f"--keep {expression!r} is no regular expression ({error}).") from None
+        hit = {linear.weight for linear in linears if found.search(linear.weight)}
+        if not hit:
+            raise FewbitsError(f"--keep {expression!r} finds no linear layer.", f"One is {linears[0].weight}.")
+        kept |= hit
+    return kept
+
+
+def siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear]) -> list[list[str]]:
+    """The weights that engines fuse into one: q, k and v; gate and up, of each expert."""
+    sets: dict[tuple[int, str], list[str]] = {}
+    groups = arch.family_of(config).groups
+    for linear in linears:
+        number = re.search(r"(?<=\.)\d+(?=\.)", linear.module)
+        plain = re.sub(r"\.\d+\.", ".{e}.", linear.module)
+        group = next((members for members in groups if plain in members), (plain,))
+        sets.setdefault((linear.block, f"{group[0]} {number[0] if number else ''}"), []).append(linear.weight)
+    return list(sets.values())
+
+
+def _check_siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear], kept: set[str]) -> None:
+    """What engines fuse, and all experts of a block, are quantized as one or not at all."""
+    experts: dict[int, list[str]] = {}
+    for linear in linears:
+        if re.search(r"\.\d+\.", linear.module):
+            experts.setdefault(linear.block, []).append(linear.weight)
+    for members in (*siblings(config, linears), *experts.values()):
+        split = [name for name in members if name in kept]
+        if split and len(split) < len(members):
+            other = next(name for name in members if name not in kept)
+            raise FewbitsError(
+                f"{split[0]} would be kept and {other} quantized, but engines fuse the two.",
+                "Keep both or neither.",
+            )
+
+
+def _quantized(name: str, shape: tuple[int, ...], dtype: str, chosen: Target) -> PlannedTensor:
+    matrix = (shape[0], shape[1])
+    try:
+        chosen.layout.check(matrix)
+    except FewbitsError as error:
+        raise FewbitsError(f"{name}: {error.message}", error.hint) from None
+    return PlannedTensor(
+        name=name,
+        shape=shape,
+        source_dtype=dtype,
+        codec=chosen.layout.type.name,
+        method=chosen.method,
+        nbytes=sum(part.nbytes for part in chosen.layout.parts(matrix).values()),
+        reason=f"target {chosen.name}",
+    )
+
+
+def _as_it_is(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, kept: bool) -> PlannedTensor:
+    to = _plain_type(dtype, layout)
+    return PlannedTensor(
+        name=name,
+        shape=shape or (1,),
+        source_dtype=dtype,
+        codec=to,
+        method="copy" if to == dtype else "convert",
+        nbytes=2 * prod(shape),
+        reason="kept" if kept else "not a linear layer of a block",
+    )
+
+
+def plain_dtype(stored: Sequence[tuple[int, str]], layout: Layout) -> str:
+    """The type that most of the unquantized tensors get: F16 or BF16.
+
+    Args:
+        stored: weights and storage type of each tensor.
+    """
+    halves = sum(weights for weights, dtype in stored if _plain_type(dtype, layout) == "F16")
+    return "F16" if 2 * halves > sum(weights for weights, _ in stored) else "BF16"
+
+
+def _plain_type(dtype: str, layout: Layout) -> str:
+    return layout.engine_dtype or (dtype if dtype in ("F16", "BF16") else layout.float_dtype or "BF16")

@@ -1,0 +1,171 @@
+"""Calibrated quantization, one decoder block after another: each is calibrated on what the quantized ones before it
+give, and within it each set of linears that share an input on what the quantized sets before them give.
+
+All windows go through a block side by side: each stops in front of a set of linears until their common input is known
+from all windows and the set is quantized, then goes on with the quantized weights. So every linear is computed once.
+In memory: one block, the Hessian of one input, and the windows' activations at one place of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from greenlet import greenlet
+from torch import nn
+
+from fewbits.calibration.collect import BlockRecorder, Inputs
+from fewbits.errors import FewbitsError
+from fewbits.forward.streamed import Progress, Stream, StreamedModel
+from fewbits.layouts import Layout
+from fewbits.methods import factorize
+from fewbits.quantize.matrices import Arrays, Learned, quantize_matrix
+from fewbits.quantize.rescaling import Rescaling
+
+Floats = npt.NDArray[np.float32]
+ENERGY_CAP = 8.0
+"""Tokens count in a Hessian with at most so many times the median's energy: without, a few tokens with massive
+activations (the first of each window: specs, low-bit.md section 9) own it."""
+
+
+def rough_products(device: str) -> bool:
+    """Whether a device takes bfloat16 products at least twice as fast as others, as processors with instructions for
+    them do: what calibration needs of products is far less than that."""
+    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _wait(names: tuple[str, ...]) -> None:
+    """Hand control back to the run until the weights with these names are quantized."""
+    greenlet.getcurrent().parent.switch(names)
+
+
+@dataclass
+class BlockwiseRun:
+    """The parts of one run.
+
+    Attributes:
+        planned: stored name of each weight to be quantized -> method.
+        put: takes a finished weight's stored name and arrays.
+        put_plain: takes a block's other parameters, which rescaling may change.
+        rough: whether products are taken in bfloat16; see `rough_products`.
+    """
+
+    streamed: StreamedModel
+    stream: Stream
+    layout: Layout
+    planned: Mapping[str, str]
+    put: Callable[[str, Arrays], None]
+    put_plain: Callable[[str, Floats], None]
+    pool: ThreadPoolExecutor
+    rescaling: Rescaling | None = None
+    device: str = "cpu"
+    rough: bool = False
+    without_data: list[str] = field(default_factory=list)
+
+    def run(self, first: int, done: Callable[[int], None], progress: Progress | None) -> None:
+        """Quantize the blocks from `first` on.
+
+        Args:
+            done: called with the number of finished blocks, the windows having passed them, after each.
+
+        Raises:
+            FewbitsError: names the weight that cannot be quantized.
+        """
+        count = len(self.streamed.layers)
+        with torch.no_grad(), self._products():
+            for index in range(first, count):
+                block = self.streamed.block(index).to(self.device)
+                self._block(index, block)
+                del block
+                done(index + 1)
+                if progress:
+                    progress(index + 1, count, "decoder blocks")
+
+    def _block(self, index: int, block: nn.Module) -> None:
+        """Quantize a block and take the windows through it."""
+        views = self.streamed.weights_of(index, block)
+        if self.rescaling:
+            with torch.autocast(self.device, enabled=False):
+                self.rescaling(block, index, partial(self._watch, index, block))
+            for name, values in views.items():
+                if name not in self.planned:
+                    self.put_plain(name, values.cpu().numpy())
+        stages = self._stages(index, block)
+        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait)
+        # the first weight of each set listens for all of them
+        self._attach(recorder, index, block, {names[0]: names for names in stages})
+        runs = [
+            greenlet(partial(self.streamed.run_batch, index, block, self.stream, batch, self.device))
+            for batch in self.stream.batches
+        ]
+        while runs:
+            reached = {run.switch() for run in runs}
+            runs = [run for run in runs if not run.dead]
+            if len(reached) != 1:
+                raise FewbitsError(f"{self.streamed.block_path(index)}: windows go different ways through this block.")
+            (names,) = reached
+            if names:
+                self._quantize(recorder.take(names), views)
+        recorder.detach()
+
+    @property
+    def wants_hessians(self) -> bool:
+        return bool({"gptq", "awq", "awq+gptq"} & set(self.planned.values()))
+
+    @property
+    def feeds_back(self) -> bool:
+        return bool({"gptq", "awq+gptq"} & set(self.planned.values()))
+
+    def _products(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.rough)
+
+    def _watch(self, index: int, block: nn.Module) -> None:
+        with self._products():
+            self.streamed.watch_block(index, block, self.stream, self.device)
+
+    def _stages(self, index: int, block: nn.Module) -> list[list[str]]:
+        """The planned weights of a block, those with one input together, in the order in which they are used."""
+        recorder = BlockRecorder()
+        self._attach(recorder, index, block, {name: [name] for name in self.planned})
+        self.streamed.watch_block(index, block, self.stream, self.device, batches=1)
+        recorder.detach()
+        return [record.names for record in recorder.inputs()]
+
+    def _attach(self, recorder: BlockRecorder, index: int, block: nn.Module, names: Mapping[str, list[str]]) -> None:
+        recorder.attach(block, self.streamed.block_path(index), self.streamed, names)
+
+    def _quantize(self, inputs: Inputs, views: Mapping[str, torch.Tensor]) -> None:
+        """Quantize the weights that share an input, in the block, too."""
+        for expert in range(len(inputs.counts)):
+            names = inputs.of_expert(expert)
+            # engines fuse what has the same input
+            amax = max(float(views[name].abs().max()) for name in names)
+            learned = replace(self._learned(inputs, expert), amax=amax)
+            for name in names:
+                weights = np.ascontiguousarray(views[name].cpu().numpy())
+                try:
+                    arrays, decoded = quantize_matrix(weights, self.layout, self.planned[name], learned, self.pool)
+                except FewbitsError as error:
+                    raise FewbitsError(f"{name}: {error.message}", error.hint) from None
+                self.put(name, arrays)
+                views[name].copy_(torch.from_numpy(decoded))
+                if not inputs.counts[expert]:
+                    self.without_data.append(name)
+
+    def _learned(self, inputs: Inputs, expert: int) -> Learned:
+        """What the windows say of one input. An expert that no token reached is left to the searched scales."""
+        count, hessian = inputs.counts[expert], inputs.hessians[expert]
+        if not count:
+            return Learned()
+        importance = (inputs.sums[expert] / count).float().cpu().numpy()
+        if hessian is None:
+            return Learned(importance, None, inputs.peaks[expert])
+        mean = (hessian / count).cpu().numpy()
+        known = Learned(np.ascontiguousarray(mean.diagonal()), None, inputs.peaks[expert], hessian=mean)
+        # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
+        return replace(known, factor=factorize(mean)) if self.feeds_back and count >= len(mean) else known

@@ -1,0 +1,337 @@
+"""Making model directories: GPTQ, AWQ, bitsandbytes, compressed-tensors, HQQ and FP8 checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits import arch
+from fewbits.calibration.texts import CalibrationText
+from fewbits.checkpoint import Model, SafetensorsCheckpoint
+from fewbits.codecs import codec
+from fewbits.errors import FewbitsError, about
+from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
+from fewbits.layouts import Layout
+from fewbits.plan import Plan, PlannedFile, PlannedTensor
+from fewbits.plan.directory import Target, plan_directory, siblings
+from fewbits.quantize.execute import QuantizeReport, peak_memory
+from fewbits.quantize.importances import Progress
+from fewbits.quantize.matrices import Arrays, Floats, Learned, quantize_matrix
+from fewbits.version import __version__
+
+if TYPE_CHECKING:
+    from fewbits.forward.streamed import StreamedModel
+    from fewbits.quantize.rescaling import Rescaling
+
+COPIED_BYTES = 1 << 26
+WEIGHTS_AT_ONCE = 1 << 27
+"""Weights that are worked on at once, where no single tensor has more: half a gigabyte as float32."""
+
+
+@dataclass(frozen=True)
+class DirectoryRequest:
+    """What the user asked for.
+
+    Attributes:
+        keep: regular expressions of linears that stay as they are.
+        max_shard_size: most bytes of one file.
+        text: what to calibrate with, if the method wants it.
+    """
+
+    target: Target
+    keep: tuple[str, ...] = ()
+    max_shard_size: int = MAX_SHARD_SIZE
+    text: CalibrationText | None = None
+
+
+def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
+    """Choose a type for every tensor and predict the weight files to the byte.
+
+    Raises:
+        FewbitsError: see `plan_directory`; or the text is too short for the method.
+    """
+    chosen = request.target
+    stored = {name: (model.shape(name), model.dtype(name)) for name in model.names}
+    with about(model.path):
+        tensors, notes = plan_directory(model.config, stored, chosen, request.keep)
+    plan = Plan(
+        tool=f"fewbits {__version__}",
+        target=chosen.name,
+        format=chosen.layout.name,
+        model=str(model.path),
+        architecture=model.family.architecture,
+        tensors=tensors,
+        split_max_size=request.max_shard_size,
+        notes=notes,
+    )
+    if request.text is not None:
+        _check_text(plan, request.text)
+    shards = lay_out(entries_of(plan, chosen), request.max_shard_size)
+    files = [PlannedFile(name=shard.name, size=shard.nbytes) for shard in shards]
+    lossy = sorted({t.source_dtype for t in quantized_tensors(plan)} - {"F32", "F16", "BF16", "F64"})
+    if lossy:
+        notes = [*notes, f"the source is already quantized ({', '.join(lossy)}): its loss adds to this one's"]
+    return plan.model_copy(update={"files": files, "notes": notes})
+
+
+def _check_text(plan: Plan, text: CalibrationText) -> None:
+    """Error feedback with fewer tokens than columns fits the text and not the model."""
+    widest = max((t.shape[1], t.name) for t in quantized_tensors(plan))
+    if any(t.method.endswith("gptq") for t in plan.tensors) and text.inputs.size < widest[0]:
+        raise FewbitsError(
+            f"The text has {text.inputs.size} tokens, {widest[1]} has {widest[0]} columns: too few for gptq.",
+            "Take a longer text or more --calibration-chunks, or choose --method search.",
+        )
+
+
+def quantized_tensors(plan: Plan) -> list[PlannedTensor]:
+    """The tensors that get a few-bit type."""
+    return [tensor for tensor in plan.tensors if tensor.method not in ("copy", "convert")]
+
+
+def entries_of(plan: Plan, target: Target) -> list[Entry]:
+    """Every tensor that will be stored."""
+    return [entry for tensor in plan.tensors for entry in stored_as(tensor, target)]
+
+
+def stored_as(tensor: PlannedTensor, target: Target) -> list[Entry]:
+    """What is stored of a planned tensor."""
+    if tensor.method in ("copy", "convert"):
+        return [Entry(tensor.name, tensor.codec, tensor.shape)]
+    module = tensor.name.removesuffix(".weight")
+    parts = target.layout.parts((tensor.shape[0], tensor.shape[1]))
+    return [Entry(module + suffix, part.dtype, part.shape, module) for suffix, part in parts.items()]
+
+
+def execute_directory(
+    plan: Plan,
+    model: Model,
+    request: DirectoryRequest,
+    output: Path,
+    files: Mapping[str, bytes],
+    threads: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Make the model directory of a plan.
+
+    Args:
+        files: what stands beside the weights, by name: config.json, the tokenizer's files, the model card.
+        threads: None takes every core. Without calibration the bytes do not depend on it.
+        progress: called with what is done, what there is to do and the part at hand.
+
+    Raises:
+        FewbitsError: the output exists, the disk is full, a weight is NaN or infinite; nothing is left under the final
+            name. A calibrated run that was interrupted goes on when it is started again with the same arguments.
+    """
+    started = time.monotonic()
+    shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
+    key = _identity(plan, model, request.text) if request.text is not None else None
+    notes = list(plan.notes)
+    with (
+        ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
+        DirectoryWriter(output, shards, files, overwrite, key, model.path) as writer,
+    ):
+        run = _Run(plan, model, request, writer, pool, progress)
+        try:
+            if request.text is None:
+                run.plain(lambda name: True)
+                run.one_by_one()
+            else:
+                notes += run.blockwise(request.text, threads, device)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    sizes = [PlannedFile(name=shard.name, size=(output / shard.name).stat().st_size) for shard in shards]
+    return QuantizeReport(
+        model=str(model.path),
+        target=plan.target,
+        files=sizes,
+        size=sum(file.size for file in sizes),
+        n_weights=plan.n_weights,
+        bits_per_weight=plan.bits_per_weight,
+        n_fallbacks=0,
+        notes=notes,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def _identity(plan: Plan, model: Model, text: CalibrationText) -> str:
+    """Of everything that the result follows from."""
+    import torch
+
+    from fewbits.forward.identity import fingerprint
+
+    digest = hashlib.sha256(plan.model_dump_json(exclude={"notes"}).encode())
+    digest.update(f"{fingerprint(model)} {torch.__version__} {text.inputs.shape}".encode())
+    digest.update(text.inputs.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class _Run:
+    """What the two ways of executing share."""
+
+    plan: Plan
+    model: Model
+    request: DirectoryRequest
+    writer: DirectoryWriter
+    pool: ThreadPoolExecutor
+    progress: Progress | None
+
+    @property
+    def layout(self) -> Layout:
+        return self.request.target.layout
+
+    @cached_property
+    def fused(self) -> list[list[str]]:
+        """The weights that engines fuse, set by set."""
+        shapes = {name: self.model.shape(name) for name in self.model.names}
+        return siblings(self.model.config, arch.decoder_linears(self.model.config, shapes))
+
+    def plain(self, wanted: Callable[[str], bool]) -> None:
+        """Write the tensors that stay as they are."""
+        for tensor in self.plan.tensors:
+            if tensor.method not in ("copy", "convert") or self.writer.has(tensor.name) or not wanted(tensor.name):
+                continue
+            self.writer.put_pieces(tensor.name, self._pieces(tensor))
+
+    def _pieces(self, tensor: PlannedTensor) -> Iterator[npt.NDArray[np.uint8]]:
+        if tensor.method == "copy" and isinstance(self.model.checkpoint, SafetensorsCheckpoint):
+            size = self.model.checkpoint.info(tensor.name).nbytes
+            for start in range(0, size, COPIED_BYTES):
+                yield self.model.checkpoint.raw(tensor.name, start, start + COPIED_BYTES)
+        else:
+            yield encoded(tensor, self.model.read(tensor.name))
+
+    def one_by_one(self) -> None:
+        """Without calibration no weight depends on another: several at once, as many as fit into the budget."""
+        todo = quantized_tensors(self.plan)
+        total = sum(tensor.nbytes for tensor in self.plan.tensors)
+        done = total - sum(tensor.nbytes for tensor in todo)
+        ahead: deque[tuple[PlannedTensor, Future[None]]] = deque()
+        waiting = deque(todo)
+        while waiting or ahead:
+            pending = sum(tensor.n_weights for tensor, _ in ahead)
+            if waiting and (not ahead or pending + waiting[0].n_weights <= WEIGHTS_AT_ONCE):
+                ahead.append((tensor := waiting.popleft(), self.pool.submit(self._one, tensor)))
+                continue
+            tensor, future = ahead.popleft()
+            future.result()
+            done += tensor.nbytes
+            if self.progress:
+                self.progress(done, total, tensor.name)
+
+    def _one(self, tensor: PlannedTensor) -> None:
+        weights = np.ascontiguousarray(self.model.read(tensor.name), np.float32)
+        try:
+            arrays = quantize_matrix(weights, self.layout, tensor.method, Learned(amax=self._amax(tensor, weights)))[0]
+        except FewbitsError as error:
+            raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
+        self.put(tensor.name, arrays)
+
+    def _amax(self, tensor: PlannedTensor, weights: Floats) -> float | None:
+        """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
+        if self.layout.type.scale != "E4M3":
+            return None
+        others = next(names for names in self.fused if tensor.name in names)
+        matrices = (weights if name == tensor.name else self.model.read(name) for name in others)
+        return max(float(np.abs(matrix).max()) for matrix in matrices)
+
+    def put(self, name: str, arrays: Arrays) -> None:
+        """Write a quantized weight's tensors."""
+        module = name.removesuffix(".weight")
+        for suffix, array in arrays.items():
+            if not self.writer.has(module + suffix):
+                self.writer.put(module + suffix, array)
+
+    def blockwise(self, text: CalibrationText, threads: int | None, device: str) -> list[str]:
+        """Calibrated, block by block; returns notes."""
+        import torch  # takes a second, which data-free targets do without
+
+        from fewbits.calibration.resume import WorkFolder
+        from fewbits.forward.streamed import StreamedModel, torch_threads
+        from fewbits.quantize.blockwise import BlockwiseRun, rough_products
+
+        planned = {tensor.name: tensor.method for tensor in quantized_tensors(self.plan)}
+        by_name = {tensor.name: tensor for tensor in self.plan.tensors}
+        with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
+            streamed = StreamedModel(self.model)
+            text.check(streamed.n_vocab, self.model.path)
+            rough = rough_products(device)
+            rescaling = self._rescaling(streamed, list(planned), rough)
+            inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
+            moved = {name for names in inside for name in names} if rescaling else set()
+            self.plain(lambda name: name not in moved)
+            stream = streamed.enter(text.inputs)
+            # the writer's key has told whether the folder is of this very run
+            work = WorkFolder(self.writer.scratch / "activations", "")
+            first, _ = work.load(stream.hidden)
+            target = self.request.target
+            stored = [[entry.name for name in names for entry in stored_as(by_name[name], target)] for names in inside]
+            if not all(self.writer.has(name) for names in stored[:first] for name in names):
+                stream, first = streamed.enter(text.inputs), 0
+
+            def put_plain(name: str, values: Floats) -> None:
+                if not self.writer.has(name):
+                    self.writer.put_pieces(name, [encoded(by_name[name], values)])
+
+            def done(blocks: int) -> None:
+                self.writer.checkpoint(stored[blocks - 1])
+                if blocks < len(inside):
+                    work.save_if_due(blocks, stream.hidden, {})
+
+            run = BlockwiseRun(
+                *(streamed, stream, self.layout, planned, self.put, put_plain, self.pool, rescaling, device, rough)
+            )
+            run.run(first, done, self.progress)
+        return _silent_experts(run.without_data)
+
+    def _rescaling(self, streamed: StreamedModel, planned: list[str], rough: bool) -> Rescaling | None:
+        """What a method does to a block beforehand, if it does anything."""
+        import torch
+
+        from fewbits.quantize.blockwise import ENERGY_CAP
+        from fewbits.quantize.rescaling import Rescaling
+
+        way = self.request.target.method.removesuffix("+gptq")
+        if way not in ("awq", "smoothquant"):
+            return None
+        plain = {tensor.codec for tensor in self.plan.tensors if tensor.method in ("copy", "convert")}
+        # the coarser of the two, where a model holds both
+        dtype = torch.bfloat16 if "BF16" in plain else torch.float16
+        return Rescaling(streamed, self.layout.type, planned, way, dtype, rough, ENERGY_CAP)  # type: ignore[arg-type]
+
+
+def encoded(tensor: PlannedTensor, values: Floats) -> npt.NDArray[np.uint8]:
+    """An unquantized tensor's bytes.
+
+    Raises:
+        FewbitsError: a value does not fit its type.
+    """
+    data = codec(tensor.codec).encode(np.ascontiguousarray(values, np.float32).reshape(1, -1))
+    if tensor.codec == "F16" and not np.isfinite(data.view(np.float16)).all():
+        raise FewbitsError(
+            f"{tensor.name}: it holds values beyond what float16 holds, or NaN.",
+            "Choose a compressed-tensors target (ct:), which keeps bfloat16.",
+        )
+    return data
+
+
+def _silent_experts(names: Iterable[str]) -> list[str]:
+    found = list(names)
+    if not found:
+        return []
+    return [f"{len(found)} matrices of experts saw no calibration text and are only searched: {found[0]}, ..."]

@@ -1,0 +1,170 @@
+"""From what a user asked for to a finished model directory: target, text, plan, companions, execution."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewbits.checkpoint import Model, open_model
+from fewbits.checkpoint.safetensors import PROVENANCE
+from fewbits.errors import FewbitsError
+from fewbits.formats.atomic import AtomicFile
+from fewbits.formats.directory.card import CalibrationUsed, CardFacts, Measured, model_card, origin_of
+from fewbits.formats.directory.companions import companions, config_json
+from fewbits.formats.directory.snippets import snippets
+from fewbits.formats.directory.writer import MAX_SHARD_SIZE
+from fewbits.layouts.engines import runs_in
+from fewbits.methods import method as method_named
+from fewbits.plan import Plan
+from fewbits.plan.directory import plain_dtype, target
+from fewbits.quantize.directory import DirectoryRequest, execute_directory, make_directory_plan, quantized_tensors
+from fewbits.quantize.execute import QuantizeReport
+from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
+
+if TYPE_CHECKING:
+    from fewbits.calibration.texts import CalibrationText
+
+
+@dataclass(frozen=True)
+class DirectoryJob:
+    """A model, what is to be made of it, and the plan.
+
+    Attributes:
+        command: the command line that asks for the same.
+        dtype: storage type of most of the unquantized tensors.
+    """
+
+    model: Model
+    request: DirectoryRequest
+    plan: Plan
+    command: str
+    dtype: str
+
+    @staticmethod
+    def of(
+        source: str | Path,
+        name: str,
+        method: str | None,
+        keep: Sequence[str],
+        max_shard_size: int | None,
+        texts: Sequence[Path],
+        chunks: int | None,
+    ) -> DirectoryJob:
+        """Make the plan; texts are tokenized, no weight is read.
+
+        Raises:
+            FewbitsError: whatever would keep the directory from being made.
+        """
+        chosen = target(name, method, bool(texts))
+        model = open_model(source)
+        dtype = plain_dtype([(prod(model.shape(name)), model.dtype(name)) for name in model.names], chosen.layout)
+        chosen = replace(chosen, layout=chosen.layout.for_floats(dtype))
+        text = _read(model, texts, chunks) if texts and chosen.calibrated else None
+        request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, text)
+        plan = make_directory_plan(model, request)
+        if texts and text is None:
+            plan = plan.model_copy(update={"notes": [*plan.notes, "this target has no use for calibration"]})
+        words = ["fewbits", "quantize", str(source), chosen.name, *_flags("--calibration", texts)]
+        words += _flags("--calibration-chunks", [chunks] if chunks and text else [])
+        words += [*_flags("--method", [method] if method else []), *_flags("--keep", keep)]
+        return DirectoryJob(model, request, plan, shlex.join(words), dtype)
+
+    def execute(
+        self, output: Path, threads: int | None, device: str, overwrite: bool, progress: Progress | None
+    ) -> QuantizeReport:
+        """Make the directory; see `execute_directory`."""
+        if self.request.text is not None:
+            from fewbits.calibration.run import resolve_device
+
+            device = resolve_device(device)
+        files, notes = self._files(output)
+        plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
+        return execute_directory(plan, self.model, self.request, output, files, threads, device, overwrite, progress)
+
+    def _files(self, output: Path) -> tuple[dict[str, bytes], list[str]]:
+        """Everything beside the weights, and notes on what is missing."""
+        target, kept = self.request.target, self._kept()
+        beside = companions(self.model)
+        config = target.layout.config(kept, self._quantized())
+        files = {**beside.files, "config.json": config_json(self.model, config, self.dtype)}
+        for name, content in target.layout.extra_files(kept).items():
+            files[name] = json.dumps(content, indent=2).encode() + b"\n"
+        files["README.md"] = self.card(output)
+        files[PROVENANCE] = json.dumps(self._provenance(), indent=2).encode() + b"\n"
+        return files, beside.notes
+
+    def tell_loss(self, output: Path, measured: Measured) -> None:
+        """Write the card anew, with what was measured."""
+        with AtomicFile(output / "README.md", overwrite=True) as file:
+            file.write(self.card(output, measured))
+
+    def _provenance(self) -> dict[str, object]:
+        """How the directory was made, for programs."""
+        text = self.request.text
+        return {
+            "tool": self.plan.tool,
+            "target": self.plan.target,
+            "method": self.request.target.method,
+            "command": self.command,
+            "calibration_sha256": text.sha256 if text else [],
+            "calibration_tokens": text.inputs.size if text else 0,
+        }
+
+    def card(self, output: Path, measured: Measured | None = None) -> bytes:
+        """The model card.
+
+        Args:
+            output: the directory, as the command line names it.
+            measured: the loss, once it is known.
+        """
+        target, text = self.request.target, self.request.text
+        used = None
+        if text is not None:
+            names = [Path(name).name for name in text.datasets]
+            used = CalibrationUsed(list(zip(names, text.sha256, strict=True)), text.inputs.size)
+        facts = CardFacts(
+            target=target.name,
+            format=target.layout.quant_method,
+            storage=target.layout.type.name,
+            method=method_named(target.method).summary,
+            command=f"{self.command} -o {shlex.quote(str(output))}",
+            bits_per_weight=self.plan.bits_per_weight,
+            size_before=sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
+            size_after=self.plan.weights_bytes,
+            kept="embeddings, norms, the head" + (" and what --keep names" if self.request.keep else ""),
+            library="hqq" if target.layout.name == "hqq" else "transformers",
+            calibration=used,
+            measured=measured,
+            snippets=snippets(target.layout.quant_method, runs_in(target.name, "vLLM")),
+            notes=self.plan.notes,
+        )
+        return model_card(origin_of(self.model), facts)
+
+    def _quantized(self) -> list[str]:
+        return [tensor.name.removesuffix(".weight") for tensor in quantized_tensors(self.plan)]
+
+    def _kept(self) -> list[str]:
+        """Linear modules that stay as they are, the head first: engines must be told."""
+        inside = [tensor.name.removesuffix(".weight") for tensor in self.plan.tensors if tensor.reason == "kept"]
+        return ["lm_head", *inside]
+
+
+def _flags(flag: str, values: Sequence[object]) -> list[str]:
+    return [word for value in values for word in (flag, str(value))]
+
+
+def _read(model: Model, texts: Sequence[Path], chunks: int | None) -> CalibrationText:
+    statistics, plain = split_sources(texts)
+    if statistics:
+        raise FewbitsError(
+            f"{statistics[0]}: these are statistics; a model directory is calibrated block by block on text.",
+            "Pass the text itself.",
+        )
+    from fewbits.calibration.texts import read_texts  # imports torch, which data-free targets do without
+
+    return read_texts(plain, model.tokenizer(), CONTEXT, chunks or CHUNKS)

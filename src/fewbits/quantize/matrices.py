@@ -1,0 +1,113 @@
+"""From a weight matrix to the tensors that a checkpoint stores of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs.scaled import Quantized
+from fewbits.errors import FewbitsError
+from fewbits.layouts import Layout
+from fewbits.layouts.gptq import GPTQ as GPTQLayout
+from fewbits.methods import AWQ, Factor, method
+
+ROWS = 256
+"""Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
+Floats = npt.NDArray[np.float32]
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What calibration says of a matrix.
+
+    Attributes:
+        importance: float32 [columns], mean square of each input.
+        factor: of the Hessian; None where too little is known.
+        hessian: float32 [columns, columns], the mean of x x^T.
+        peak: largest absolute input.
+        amax: largest absolute weight of all matrices that engines fuse with this one.
+    """
+
+    importance: Floats | None = None
+    factor: Factor | None = None
+    peak: float | None = None
+    amax: float | None = None
+    hessian: Floats | None = None
+
+
+def quantize_matrix(
+    weights: Floats, layout: Layout, chosen: str, learned: Learned | None = None, pool: ThreadPoolExecutor | None = None
+) -> tuple[Arrays, Floats]:
+    """Choose the codes of a matrix and pack them.
+
+    Args:
+        weights: float32 [out, in].
+        chosen: name of the method.
+        pool: to work on several rows at once, where rows do not depend on one another; the result is the same.
+
+    Returns:
+        The stored arrays by suffix, and the weights as engines will decode them.
+
+    Raises:
+        FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
+    """
+    learned = learned or Learned()
+    if not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
+        bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
+        raise FewbitsError(
+            f"it holds NaN or infinite weights (row {bad}).",
+            "Such a model is damaged: fetch it again or repair the training run.",
+        )
+    g_idx = None
+    if isinstance(layout, GPTQLayout) and layout.act_order and learned.importance is not None:
+        found, g_idx = _fit_in_order(weights, layout, chosen, learned, pool)
+    else:
+        found = _fit(weights, layout, chosen, learned, pool)
+    arrays = layout.pack(found, g_idx, learned.peak)
+    return arrays, layout.unpack(arrays, (weights.shape[0], weights.shape[1]))
+
+
+def _fit_in_order(
+    weights: Floats, layout: Layout, chosen: str, learned: Learned, pool: ThreadPoolExecutor | None
+) -> tuple[Quantized, npt.NDArray[np.int64]]:
+    """Groups of the columns in order of their importance, and the group of each column."""
+    assert learned.importance is not None
+    order = learned.factor.order if learned.factor else np.argsort(-learned.importance, kind="stable")
+    factor = Factor(np.arange(order.size), learned.factor.upper) if learned.factor else None
+    sorted_ = replace(learned, importance=learned.importance[order], factor=factor)
+    found = _fit(np.ascontiguousarray(weights[:, order]), layout, chosen, sorted_, pool)
+    codes, g_idx = np.empty_like(found.codes), np.empty_like(order)
+    codes[:, order] = found.codes
+    g_idx[order] = np.arange(order.size) // (layout.type.block[1] or order.size)
+    return replace(found, codes=codes), g_idx
+
+
+def _fit(weights: Floats, layout: Layout, chosen: str, learned: Learned, pool: ThreadPoolExecutor | None) -> Quantized:
+    def fit(rows: slice) -> Quantized:
+        part = weights[rows]
+        if chosen == "awq":
+            return AWQ.fit(part, layout.type, learned.importance, None, learned.amax, learned.hessian)
+        return method(chosen).fit(part, layout.type, learned.importance, learned.factor, learned.amax)
+
+    kind = layout.type
+    rows_apart = kind.block[0] == 1 and not kind.strided and kind.scale not in ("NESTED", "E4M3")
+    # HQQ stops when the whole matrix no longer gains
+    if pool is None or not rows_apart or chosen == "hqq":
+        return fit(slice(None))
+    return _stacked(list(pool.map(fit, (slice(i, i + ROWS) for i in range(0, weights.shape[0], ROWS)))))
+
+
+def _stacked(parts: list[Quantized]) -> Quantized:
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Quantized(
+        parts[0].type,
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+    )
