@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from fewbits.layouts import LAYOUTS
 from fewbits.plan.directory import directory_targets
 from tiny_models import save_tiny
 
+blockwise = importlib.import_module("fewbits.quantize.blockwise")  # fewbits.quantize is the verb
 DEMO = Path(fewbits.__file__).parent / "demo"
 MODEL = DEMO / "model"
 CALIBRATED = ("gptq:", "awq:", "ct:fp8-static", "ct:nvfp4a4")
@@ -154,6 +156,65 @@ def test_smoothquant_in_an_engine(tmp_path: Path, texts: tuple[Path, Path]) -> N
     assert loss["smoothquant"] < loss["rtn"]
 
 
+@pytest.mark.parametrize("target", ["gptq:w4g64", "awq:w4g64", "ct:w8a8"])
+def test_windows_go_on_with_the_quantized_weights(
+    target: str, tmp_path: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the processor: products in bfloat16 must not remember weights from before."""
+    monkeypatch.setattr(blockwise, "rough_products", lambda device: True)
+    seen: list[torch.Tensor] = []
+    block_done = blockwise.BlockwiseRun._block
+
+    def watched(run: Any, index: int, block: torch.nn.Module) -> None:
+        before = run.stream.hidden.clone()
+        block_done(run, index, block)
+        after = run.stream.hidden.clone()
+        run.stream.hidden.copy_(before)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            run.streamed.run_block(index, block, run.stream)
+        seen.append((run.stream.hidden - after).norm() / after.norm())
+        run.stream.hidden.copy_(after)
+
+    monkeypatch.setattr(blockwise.BlockwiseRun, "_block", watched)
+    fewbits.quantize(MODEL, target, tmp_path / "out", **calibrated(texts))
+    assert len(seen) == 4
+    assert max(map(float, seen)) < 1e-5
+
+
+def test_an_expert_without_text_takes_the_others_scales(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    source = save_tiny(tmp_path / "model", "qwen3-moe", {"moe_intermediate_size": 64, "num_experts": 8})
+    with safe_open(source / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    router = tensors["model.layers.0.mlp.gate.weight"]
+    router[5] = 0
+    # an expert that is never among the best: every other one outdoes it on one side of any input
+    router[6], router[7], router[4], router[3] = router[0] * 9, -router[0] * 9, router[1] * 9, -router[1] * 9
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = fewbits.quantize(source, "ct:fp8-static", tmp_path / "out", **calibrated(texts))
+    assert any("saw no calibration text" in note for note in report.notes)
+
+
+def test_the_text_to_measure_on_is_checked_before_any_work(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    for text, message in ((tmp_path / "nothing.txt", "cannot be read"), (texts[0], "calibrated on it")):
+        with pytest.raises(FewbitsError, match=message):
+            make("gptq:w4g64", tmp_path / "out", texts, measure_text=text)
+    assert not (tmp_path / "out").exists()
+    make("gptq:w4g64", tmp_path / "out", texts, measure_text=texts[1], measure_chunks=2)
+    assert "KL" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(FewbitsError, match="calibrated on"):
+        fewbits.measure(tmp_path / "out", texts[0], reference=MODEL)
+
+
+def test_the_type_of_floats_is_told_by_what_stays_float(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    source = save_tiny(tmp_path / "model", "llama", {"hidden_size": 64, "intermediate_size": 128})
+    fewbits.quantize(source, "gptq:w4g64", tmp_path / "gptq", method="rtn")
+    fewbits.quantize(tmp_path / "gptq", "ct:fp8", tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.float16
+    assert config["dtype"] == "float16"
+
+
 def test_groups_by_activity_are_told_in_g_idx(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     make("gptq:w4g64-actorder", tmp_path / "out", texts)
     g_idx = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.g_idx"].numpy()
@@ -213,6 +274,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
         ("exl9:w4", {}, "Unknown target.*gptq:w4g128"),
         ("bnb:nf4", {"method": "awq"}, "'awq' does not make it.*rtn"),
         ("hqq:w4g64", {"method": "gptq"}, "does not make it"),
+        ("gptq:w4g64-actorder", {"method": "search"}, "groups by activity.*gptq:w4g64"),
+        ("bnb:nf4", {"calibration": "/nothing/here.txt"}, "no such text"),
         ("bnb:nf4", {"keep": ["q_proj"]}, "engines fuse"),
         ("bnb:nf4", {"keep": ["nothing_here"]}, "finds no linear"),
         ("bnb:nf4", {"keep": ["("]}, "no regular expression"),
@@ -239,6 +302,13 @@ def test_groups_that_do_not_divide_are_refused_with_those_that_do(tmp_path: Path
         fewbits.plan(source, "gptq:w4g128", method="rtn")
     with pytest.raises(FewbitsError, match=r"Conv1D|plain linear"):
         fewbits.plan(save_tiny(tmp_path / "gpt2", "gpt2"), "gptq:w4g32", method="rtn")
+
+
+def test_experts_that_an_engine_cannot_hold_are_refused(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", "qwen3-moe", {"moe_intermediate_size": 64})
+    with pytest.raises(FewbitsError, match="experts"):
+        fewbits.plan(source, "bnb:nf4")
+    assert any("vLLM only" in note for note in fewbits.plan(source, "ct:nvfp4").notes)
 
 
 def test_statistics_are_no_text(tmp_path: Path, texts: tuple[Path, Path]) -> None:

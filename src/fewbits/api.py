@@ -240,11 +240,15 @@ def quantize(
         _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
         check_directory_output(Path(output), overwrite, Path(source))
         job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
+        if measure_text is not None:
+            job.check_measurable(Path(measure_text))
         report = job.execute(Path(output), threads, device, overwrite, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
-            told = measure(output, measure_text, reference=source, chunks=measure_chunks, progress=progress)
+            told = measure(
+                output, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
+            )
             job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
         return report
     _refuse_directory_options(target, method, keep, measure_text)

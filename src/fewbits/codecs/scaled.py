@@ -104,6 +104,8 @@ class Scaled:
             FewbitsError: the group does not divide the rows.
         """
         rows, columns = shape
+        if not rows or not columns:
+            raise FewbitsError(f"A matrix of {rows} x {columns} holds no weights.", "The file is damaged.")
         high, wide = self.block[0] or rows, self.block[1] or columns
         if self.strided:
             if rows % high:

@@ -54,7 +54,9 @@ ENGINE_FACTS = (
     EngineFact(VLLM, "CUDA", r"ct:.*", "should run", "2026-11", "FP8 from compute capability 8.9, FP4 from 10.0"),
     EngineFact(VLLM, "CUDA", r"fp8:.*", "should run", "2026-11", "from compute capability 8.9"),
     EngineFact(VLLM, "CPU, CUDA", r"(bnb|hqq):.*", "refuses", "2026-11", "not among its methods"),
-    EngineFact(CT, "CPU", r"ct:(?!w\d+a16.*-asym).*", "runs", "2026-11-21", "FP4 in bfloat16 only"),
+    EngineFact(
+        CT, "CPU", r"ct:(?!w\d+a16.*-asym).*", "runs", "2026-11-21", "FP4 in bfloat16 only, NVFP4 without experts"
+    ),
     EngineFact(
         CT, "CPU", r"ct:w\d+a16.*-asym", "refuses", "2026-11-21", "expects zero points unpacked; 5.17 reads them"
     ),

@@ -12,7 +12,7 @@ from fewbits.codecs.scaled import Scaled
 
 RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 """Weights float32 [rows, columns] -> what they are once quantized; not in place."""
-ROWS = 384
+ROWS = 192
 """Rows of all readers together that errors are computed on: they are sums over rows, a sample does."""
 FEWEST = 16
 WIDEST = 1e4

@@ -68,6 +68,11 @@ def target(name: str, method: str | None, calibrated: bool) -> Target:
         method = next(known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
     if method not in fitting:
         raise FewbitsError(f"{name}: {method!r} does not make it.", f"Choose one of: {', '.join(fitting)}.")
+    if getattr(layout, "act_order", False) and method not in CALIBRATED:
+        raise FewbitsError(
+            f"{name}: groups by activity need a method that looks at activations.",
+            f"Take {name.replace('-actorder', '')}, or --method gptq with --calibration TEXT.",
+        )
     if method in CALIBRATED and not calibrated:
         others = [known for known in fitting if known not in CALIBRATED]
         way_out = f"; or do without: --method {others[0]}" if others else ""
@@ -127,6 +132,11 @@ def plan_directory(
             f"{odd}: not a plain linear layer, which engines of {chosen.layout.name} checkpoints expect.",
             "Make a GGUF instead, e.g. Q4_K_M.",
         )
+    if chosen.layout.name == "bnb" and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
+        raise FewbitsError(
+            "transformers keeps all experts of a block in one tensor, which bitsandbytes cannot hold.",
+            "Take ct:w4a16g128 or a GGUF preset.",
+        )
     kept = _kept(linears, keep)
     _check_siblings(config, linears, kept)
     quantized = {linear.weight for linear in linears} - kept
@@ -139,6 +149,8 @@ def plan_directory(
         for name, (shape, dtype) in stored.items()
     ]
     notes = [f"{len(kept)} linear layers stay as they are"] if kept else []
+    if chosen.layout.type.scale == "E4M3" and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
+        notes.append("transformers 5.23 loads NVFP4 experts wrongly, without their global scale: for vLLM only")
     return tensors, notes
 
 
@@ -214,14 +226,17 @@ def _as_it_is(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, kep
     )
 
 
-def plain_dtype(stored: Sequence[tuple[int, str]], layout: Layout) -> str:
-    """The type that most of the unquantized tensors get: F16 or BF16.
+def plain_dtype(stored: Mapping[str, tuple[tuple[int, ...], str]], layout: Layout) -> str:
+    """The type that most of the weights outside of the decoder's linears get: F16 or BF16.
 
     Args:
-        stored: weights and storage type of each tensor.
+        stored: Hugging Face name -> shape and storage type.
     """
-    halves = sum(weights for weights, dtype in stored if _plain_type(dtype, layout) == "F16")
-    return "F16" if 2 * halves > sum(weights for weights, _ in stored) else "BF16"
+    sizes = dict.fromkeys(("F16", "BF16"), 0)
+    for name, (shape, dtype) in stored.items():
+        if not (re.search(r"\.\d+\..*\.weight$", name) and len(shape) == 2):
+            sizes[_plain_type(dtype, layout)] += prod(shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _plain_type(dtype: str, layout: Layout) -> str:

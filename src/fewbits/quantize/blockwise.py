@@ -122,7 +122,8 @@ class BlockwiseRun:
         return bool({"gptq", "awq+gptq"} & set(self.planned.values()))
 
     def _products(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.rough)
+        # without its cache, which would go on with the weights as they were before they were quantized
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.rough, cache_enabled=False)
 
     def _watch(self, index: int, block: nn.Module) -> None:
         with self._products():
@@ -161,7 +162,8 @@ class BlockwiseRun:
         """What the windows say of one input. An expert that no token reached is left to the searched scales."""
         count, hessian = inputs.counts[expert], inputs.hessians[expert]
         if not count:
-            return Learned()
+            # activations have a scale all the same: that of the other experts
+            return Learned(peak=max(inputs.peaks))
         importance = (inputs.sums[expert] / count).float().cpu().numpy()
         if hessian is None:
             return Learned(importance, None, inputs.peaks[expert])

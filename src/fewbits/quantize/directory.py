@@ -77,6 +77,14 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
     )
     if request.text is not None:
         _check_text(plan, request.text)
+        longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
+        if isinstance(longest, int) and longest < request.text.inputs.shape[1]:
+            raise FewbitsError(
+                f"{model.path}: the model was made for {longest} positions, calibration takes windows of "
+                f"{request.text.inputs.shape[1]}.",
+                "Choose --method search, which needs no text.",
+            )
+        request.text.check(int(model.config.get("vocab_size") or 2**31), model.path)
     shards = lay_out(entries_of(plan, chosen), request.max_shard_size)
     files = [PlannedFile(name=shard.name, size=shard.nbytes) for shard in shards]
     lossy = sorted({t.source_dtype for t in quantized_tensors(plan)} - {"F32", "F16", "BF16", "F64"})
@@ -138,7 +146,7 @@ def execute_directory(
     """
     started = time.monotonic()
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
-    key = _identity(plan, model, request.text) if request.text is not None else None
+    key = _identity(plan, model, request.text, device) if request.text is not None else None
     notes = list(plan.notes)
     with (
         ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
@@ -168,14 +176,17 @@ def execute_directory(
     )
 
 
-def _identity(plan: Plan, model: Model, text: CalibrationText) -> str:
+def _identity(plan: Plan, model: Model, text: CalibrationText, device: str) -> str:
     """Of everything that the result follows from."""
     import torch
 
     from fewbits.forward.identity import fingerprint
+    from fewbits.quantize.blockwise import rough_products
 
     digest = hashlib.sha256(plan.model_dump_json(exclude={"notes"}).encode())
-    digest.update(f"{fingerprint(model)} {torch.__version__} {text.inputs.shape}".encode())
+    digest.update(
+        f"{fingerprint(model)} {torch.__version__} {text.inputs.shape} {device} {rough_products(device)}".encode()
+    )
     digest.update(text.inputs.tobytes())
     return digest.hexdigest()
 

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from fewbits.formats.directory.card import CalibrationUsed, CardFacts, Measured,
 from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE
+from fewbits.forward.text import read_text
 from fewbits.layouts.engines import runs_in
 from fewbits.methods import method as method_named
 from fewbits.plan import Plan
@@ -61,17 +61,23 @@ class DirectoryJob:
             FewbitsError: whatever would keep the directory from being made.
         """
         chosen = target(name, method, bool(texts))
+        for file in texts:
+            if not file.is_file():
+                raise FewbitsError(f"{file}: there is no such text.", "Check the path.")
         model = open_model(source)
-        dtype = plain_dtype([(prod(model.shape(name)), model.dtype(name)) for name in model.names], chosen.layout)
+        stored = {name: (model.shape(name), model.dtype(name)) for name in model.names}
+        dtype = plain_dtype(stored, chosen.layout)
         chosen = replace(chosen, layout=chosen.layout.for_floats(dtype))
         text = _read(model, texts, chunks) if texts and chosen.calibrated else None
         request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, text)
         plan = make_directory_plan(model, request)
         if texts and text is None:
-            plan = plan.model_copy(update={"notes": [*plan.notes, "this target has no use for calibration"]})
+            unused = f"{chosen.method} has no use for calibration"
+            plan = plan.model_copy(update={"notes": [*plan.notes, unused]})
         words = ["fewbits", "quantize", str(source), chosen.name, *_flags("--calibration", texts)]
         words += _flags("--calibration-chunks", [chunks] if chunks and text else [])
         words += [*_flags("--method", [method] if method else []), *_flags("--keep", keep)]
+        words += _flags("--split-max-size", [max_shard_size] if max_shard_size else [])
         return DirectoryJob(model, request, plan, shlex.join(words), dtype)
 
     def execute(
@@ -97,6 +103,18 @@ class DirectoryJob:
         files["README.md"] = self.card(output)
         files[PROVENANCE] = json.dumps(self._provenance(), indent=2).encode() + b"\n"
         return files, beside.notes
+
+    def check_measurable(self, path: Path) -> None:
+        """Refuse a text to measure on that would be refused after all the work.
+
+        Raises:
+            FewbitsError: it cannot be read, or is what the directory is calibrated on.
+        """
+        text = read_text(path)
+        if self.request.text is not None and text.sha256 in self.request.text.sha256:
+            raise FewbitsError(
+                f"{path}: the directory is calibrated on it, which flatters.", "Measure on another text."
+            )
 
     def tell_loss(self, output: Path, measured: Measured) -> None:
         """Write the card anew, with what was measured."""

@@ -80,7 +80,8 @@ def _fit_in_order(
     assert learned.importance is not None
     order = learned.factor.order if learned.factor else np.argsort(-learned.importance, kind="stable")
     factor = Factor(np.arange(order.size), learned.factor.upper) if learned.factor else None
-    sorted_ = replace(learned, importance=learned.importance[order], factor=factor)
+    hessian = None if learned.hessian is None else learned.hessian[np.ix_(order, order)]
+    sorted_ = replace(learned, importance=learned.importance[order], factor=factor, hessian=hessian)
     found = _fit(np.ascontiguousarray(weights[:, order]), layout, chosen, sorted_, pool)
     codes, g_idx = np.empty_like(found.codes), np.empty_like(order)
     codes[:, order] = found.codes

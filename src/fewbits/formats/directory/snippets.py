@@ -17,10 +17,11 @@ _HQQ = """\
 # pip install hqq; transformers 5 cannot load HQQ by itself
 import torch
 from hqq.core.quantize import HQQLinear
+from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-tensors = load_file("DIRECTORY/model.safetensors")
+tensors = {name: value for file in Path("DIRECTORY").glob("*.safetensors") for name, value in load_file(file).items()}
 config = AutoConfig.from_pretrained("DIRECTORY")
 del config.quantization_config
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
