@@ -16,6 +16,7 @@ from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Stream, StreamedModel
 from fewbits.kernels.group_error import best_candidates
 from fewbits.methods.awq import Reader, choose_scales
+from fewbits.methods.base import Known
 from fewbits.methods.channel_scales import round_trip_of
 from fewbits.methods.group_search import search_groups, searchable
 from fewbits.methods.rescaled import AWQ
@@ -273,8 +274,8 @@ def test_awq_without_a_hessian_or_with_long_groups_searches_by_importance() -> N
     row = Scaled("INT", 4, (1, 0), "middle", "F16")
     assert not searchable(row)
     for kind, hessian in ((UINT4, None), (row, np.eye(512, dtype=np.float32))):
-        found = AWQ.fit(weights, kind, importance, hessian=hessian)
+        found = AWQ.fit(weights, kind, Known(importance, hessian=hessian))
         assert np.array_equal(found.decode(), kind.search(weights, importance).decode())
     hessian = correlated(600, 512, 9)
-    found = AWQ.fit(weights, UINT4, importance, hessian=hessian)
+    found = AWQ.fit(weights, UINT4, Known(importance, hessian=hessian))
     assert np.array_equal(found.decode(), search_groups(weights, UINT4, hessian).decode())

@@ -1,6 +1,6 @@
 """Weights and statistics -> codes. A method takes weights and a storage type; it knows no files."""
 
-from fewbits.methods.base import METHODS, Factor, Method, method
+from fewbits.methods.base import METHODS, Factor, Known, Method, method
 from fewbits.methods.direct import Convert, RoundToNearest, Search
 from fewbits.methods.gptq import GPTQ, factorize
 from fewbits.methods.hqq import HQQ
@@ -13,6 +13,7 @@ __all__ = [
     "METHODS",
     "Convert",
     "Factor",
+    "Known",
     "Method",
     "RescaledGPTQ",
     "RoundToNearest",

@@ -27,6 +27,25 @@ class Factor:
     upper: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a matrix besides its weights; None for what is not.
+
+    Attributes:
+        importance: float32 [columns], the weight of each column's squared error: the mean square of each input.
+        factor: of the Hessian.
+        hessian: float32 [columns, columns], the mean of x x^T.
+        peak: largest absolute input.
+        amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
+    """
+
+    importance: npt.NDArray[np.float32] | None = None
+    factor: Factor | None = None
+    hessian: npt.NDArray[np.float32] | None = None
+    peak: float | None = None
+    amax: float | None = None
+
+
 METHODS: dict[str, type[Method]] = {}
 
 
@@ -66,18 +85,11 @@ class Method(ABC):
         raise FewbitsError(f"The method {cls.name!r} does not make {codec.name}.", "Leave the choice to the target.")
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-    ) -> Quantized:
-        """Choose scales and codes of a matrix; arguments as for `quantize`.
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
+        """Choose scales and codes of a matrix.
 
         Args:
-            amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
+            weights: float32 [rows, columns], finite.
 
         Raises:
             FewbitsError: the method is not for matrices of this type.

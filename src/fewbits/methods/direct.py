@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from fewbits.codecs import Codec
 from fewbits.codecs.scaled import Quantized, Scaled
-from fewbits.methods.base import Factor, Method
+from fewbits.methods.base import Factor, Known, Method
 
 
 class Convert(Method):
@@ -48,15 +48,8 @@ class Search(Method):
         return codec.encode(weights, importance)
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-    ) -> Quantized:
-        return kind.search(weights, importance, amax)
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
+        return kind.search(weights, known.importance, known.amax)
 
 
 class RoundToNearest(Method):
@@ -66,12 +59,5 @@ class RoundToNearest(Method):
     summary = "takes scales from the largest weight or the range of each block and rounds to nearest"
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-    ) -> Quantized:
-        return kind.settle(weights, amax)
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
+        return kind.settle(weights, known.amax)

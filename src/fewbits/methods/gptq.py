@@ -10,7 +10,7 @@ from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
-from fewbits.methods.base import Factor, Method
+from fewbits.methods.base import Factor, Known, Method
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, times its mean: what 16 thousand tokens say of directions is not the whole truth."""
@@ -72,20 +72,13 @@ class GPTQ(Method):
         return scales.with_codes(data, feed(weights, low, width, scales.levels, scales.uniform, factor))
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-    ) -> Quantized:
-        found = kind.search(weights, importance, amax)
-        if factor is None:
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
+        found = kind.search(weights, known.importance, known.amax)
+        if known.factor is None:
             return found
         low, width = kind.ranges(found, weights.shape)
         levels, uniform = kind.ladder01()
-        return kind.from_ranks(feed(weights, low, width, levels, uniform, factor), found)
+        return kind.from_ranks(feed(weights, low, width, levels, uniform, known.factor), found)
 
 
 def feed(

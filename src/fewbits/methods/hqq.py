@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
 from fewbits.kernels.hqq import mend, round_columns, round_rows, step_columns, step_rows
-from fewbits.methods.base import Factor, Method
+from fewbits.methods.base import Known, Method
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.uint8]
@@ -87,12 +87,5 @@ class HQQ(Method):
     summary = "half-quadratic zero points: the least sum of |error|^0.7, without calibration (HQQ)"
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-    ) -> Quantized:
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
         return hqq(weights, kind)

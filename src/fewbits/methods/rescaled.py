@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs.scaled import Quantized, Scaled
-from fewbits.methods.base import Factor, Method
+from fewbits.methods.base import Known, Method
 from fewbits.methods.direct import Search
 from fewbits.methods.gptq import GPTQ
 from fewbits.methods.group_search import search_groups, searchable
@@ -23,18 +23,10 @@ class AWQ(Method):
     summary = "scales channels by their activations, then searches each group's range by the output's error (AWQ)"
 
     @classmethod
-    def fit(
-        cls,
-        weights: npt.NDArray[np.float32],
-        kind: Scaled,
-        importance: npt.NDArray[np.float32] | None = None,
-        factor: Factor | None = None,
-        amax: float | None = None,
-        hessian: npt.NDArray[np.float32] | None = None,
-    ) -> Quantized:
-        if hessian is None or not searchable(kind):
-            return kind.search(weights, importance, amax)
-        return search_groups(weights, kind, hessian, amax)
+    def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
+        if known.hessian is None or not searchable(kind):
+            return kind.search(weights, known.importance, known.amax)
+        return search_groups(weights, kind, known.hessian, known.amax)
 
 
 class RescaledGPTQ(GPTQ):

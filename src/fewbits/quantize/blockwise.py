@@ -23,8 +23,8 @@ from fewbits.calibration.collect import BlockRecorder, Inputs
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Progress, Stream, StreamedModel
 from fewbits.layouts import Layout
-from fewbits.methods import factorize
-from fewbits.quantize.matrices import Arrays, Learned, quantize_matrix
+from fewbits.methods import Known, factorize
+from fewbits.quantize.matrices import Arrays, quantize_matrix
 from fewbits.quantize.rescaling import Rescaling
 
 Floats = npt.NDArray[np.float32]
@@ -146,11 +146,11 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            learned = replace(self._learned(inputs, expert), amax=amax)
+            known = replace(self._known(inputs, expert), amax=amax)
             for name in names:
                 weights = np.ascontiguousarray(views[name].cpu().numpy())
                 try:
-                    arrays, decoded = quantize_matrix(weights, self.layout, self.planned[name], learned, self.pool)
+                    arrays, decoded = quantize_matrix(weights, self.layout, self.planned[name], known, self.pool)
                 except FewbitsError as error:
                     raise FewbitsError(f"{name}: {error.message}", error.hint) from None
                 self.put(name, arrays)
@@ -158,16 +158,16 @@ class BlockwiseRun:
                 if not inputs.counts[expert]:
                     self.without_data.append(name)
 
-    def _learned(self, inputs: Inputs, expert: int) -> Learned:
+    def _known(self, inputs: Inputs, expert: int) -> Known:
         """What the windows say of one input. An expert that no token reached is left to the searched scales."""
         count, hessian = inputs.counts[expert], inputs.hessians[expert]
         if not count:
             # activations have a scale all the same: that of the other experts
-            return Learned(peak=max(inputs.peaks))
+            return Known(peak=max(inputs.peaks))
         importance = (inputs.sums[expert] / count).float().cpu().numpy()
         if hessian is None:
-            return Learned(importance, None, inputs.peaks[expert])
+            return Known(importance, peak=inputs.peaks[expert])
         mean = (hessian / count).cpu().numpy()
-        known = Learned(np.ascontiguousarray(mean.diagonal()), None, inputs.peaks[expert], hessian=mean)
+        known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
         # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
         return replace(known, factor=factorize(mean)) if self.feeds_back and count >= len(mean) else known

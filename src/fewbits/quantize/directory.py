@@ -23,11 +23,12 @@ from fewbits.codecs import codec
 from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
 from fewbits.layouts import Layout
+from fewbits.methods import Known
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import Target, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
-from fewbits.quantize.matrices import Arrays, Floats, Learned, quantize_matrix
+from fewbits.quantize.matrices import Arrays, Floats, quantize_matrix
 from fewbits.version import __version__
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class _Run:
     def _one(self, tensor: PlannedTensor) -> None:
         weights = np.ascontiguousarray(self.model.read(tensor.name), np.float32)
         try:
-            arrays = quantize_matrix(weights, self.layout, tensor.method, Learned(amax=self._amax(tensor, weights)))[0]
+            arrays = quantize_matrix(weights, self.layout, tensor.method, Known(amax=self._amax(tensor, weights)))[0]
         except FewbitsError as error:
             raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
         self.put(tensor.name, arrays)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fewbits.codecs.scaled import Quantized
 from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.layouts.gptq import GPTQ as GPTQLayout
-from fewbits.methods import AWQ, Factor, method
+from fewbits.methods import Factor, Known, method
 
 ROWS = 256
 """Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
@@ -22,27 +22,8 @@ Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What calibration says of a matrix.
-
-    Attributes:
-        importance: float32 [columns], mean square of each input.
-        factor: of the Hessian; None where too little is known.
-        hessian: float32 [columns, columns], the mean of x x^T.
-        peak: largest absolute input.
-        amax: largest absolute weight of all matrices that engines fuse with this one.
-    """
-
-    importance: Floats | None = None
-    factor: Factor | None = None
-    peak: float | None = None
-    amax: float | None = None
-    hessian: Floats | None = None
-
-
 def quantize_matrix(
-    weights: Floats, layout: Layout, chosen: str, learned: Learned | None = None, pool: ThreadPoolExecutor | None = None
+    weights: Floats, layout: Layout, chosen: str, known: Known | None = None, pool: ThreadPoolExecutor | None = None
 ) -> tuple[Arrays, Floats]:
     """Choose the codes of a matrix and pack them.
 
@@ -57,7 +38,7 @@ def quantize_matrix(
     Raises:
         FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
     """
-    learned = learned or Learned()
+    known = known or Known()
     if not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
         bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
         raise FewbitsError(
@@ -65,23 +46,23 @@ def quantize_matrix(
             "Such a model is damaged: fetch it again or repair the training run.",
         )
     g_idx = None
-    if isinstance(layout, GPTQLayout) and layout.act_order and learned.importance is not None:
-        found, g_idx = _fit_in_order(weights, layout, chosen, learned, pool)
+    if isinstance(layout, GPTQLayout) and layout.act_order and known.importance is not None:
+        found, g_idx = _fit_in_order(weights, layout, chosen, known, pool)
     else:
-        found = _fit(weights, layout, chosen, learned, pool)
-    arrays = layout.pack(found, g_idx, learned.peak)
+        found = _fit(weights, layout, chosen, known, pool)
+    arrays = layout.pack(found, g_idx, known.peak)
     return arrays, layout.unpack(arrays, (weights.shape[0], weights.shape[1]))
 
 
 def _fit_in_order(
-    weights: Floats, layout: Layout, chosen: str, learned: Learned, pool: ThreadPoolExecutor | None
+    weights: Floats, layout: Layout, chosen: str, known: Known, pool: ThreadPoolExecutor | None
 ) -> tuple[Quantized, npt.NDArray[np.int64]]:
     """Groups of the columns in order of their importance, and the group of each column."""
-    assert learned.importance is not None
-    order = learned.factor.order if learned.factor else np.argsort(-learned.importance, kind="stable")
-    factor = Factor(np.arange(order.size), learned.factor.upper) if learned.factor else None
-    hessian = None if learned.hessian is None else learned.hessian[np.ix_(order, order)]
-    sorted_ = replace(learned, importance=learned.importance[order], factor=factor, hessian=hessian)
+    assert known.importance is not None
+    order = known.factor.order if known.factor else np.argsort(-known.importance, kind="stable")
+    factor = Factor(np.arange(order.size), known.factor.upper) if known.factor else None
+    hessian = None if known.hessian is None else known.hessian[np.ix_(order, order)]
+    sorted_ = replace(known, importance=known.importance[order], factor=factor, hessian=hessian)
     found = _fit(np.ascontiguousarray(weights[:, order]), layout, chosen, sorted_, pool)
     codes, g_idx = np.empty_like(found.codes), np.empty_like(order)
     codes[:, order] = found.codes
@@ -89,12 +70,9 @@ def _fit_in_order(
     return replace(found, codes=codes), g_idx
 
 
-def _fit(weights: Floats, layout: Layout, chosen: str, learned: Learned, pool: ThreadPoolExecutor | None) -> Quantized:
+def _fit(weights: Floats, layout: Layout, chosen: str, known: Known, pool: ThreadPoolExecutor | None) -> Quantized:
     def fit(rows: slice) -> Quantized:
-        part = weights[rows]
-        if chosen == "awq":
-            return AWQ.fit(part, layout.type, learned.importance, None, learned.amax, learned.hessian)
-        return method(chosen).fit(part, layout.type, learned.importance, learned.factor, learned.amax)
+        return method(chosen).fit(weights[rows], layout.type, known)
 
     kind = layout.type
     rows_apart = kind.block[0] == 1 and not kind.strided and kind.scale not in ("NESTED", "E4M3")
