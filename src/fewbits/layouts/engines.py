@@ -36,11 +36,12 @@ _GGUF = r"[^:]+"
 ENGINE_FACTS = (
     EngineFact("llama.cpp b7000+ (llama-cpp-python 0.3.36)", "CPU", _GGUF, "runs", "2026-11-20"),
     EngineFact("llama.cpp b7000+ (llama-cpp-python 0.3.36)", "CUDA, Metal, Vulkan", _GGUF, "should run", "2026-11-20"),
-    EngineFact(GPTQMODEL, "CPU", r"gptq:w\d+g(32|64|128)(-asym|-actorder|-v2)*", "runs", "2026-11-21"),
+    EngineFact(GPTQMODEL, "CPU", r"gptq:w\d+g(32|64|128)", "runs", "2026-11-21"),
+    EngineFact(GPTQMODEL, "CPU", r"gptq:w\d+g(32|64|128)(-asym|-actorder|-v2)+", "runs", "2026-11"),
     EngineFact(
         GPTQMODEL, "CPU", r"gptq:w\d+g-1.*", "refuses", "2026-11", "its CPU kernel takes groups of 32 to 256 only"
     ),
-    EngineFact(GPTQMODEL, "CPU", r"awq:.*", "runs", "2026-11-21"),
+    EngineFact(GPTQMODEL, "CPU", r"awq:.*", "runs", "2026-11"),
     EngineFact(GPTQMODEL, "CUDA", r"(gptq|awq):.*", "should run", "2026-11"),
     EngineFact(VLLM, "CPU", r"gptq:w4g(32|64|128|-1)(-v2)?", "runs", "2026-11-21"),
     EngineFact(VLLM, "CPU", r"gptq:w[238].*", "refuses", "2026-11", "no CPU kernel for these bits"),
