@@ -391,6 +391,23 @@ def test_strangers_beside_the_output_are_kept(tmp_path: Path, kind: str) -> None
     assert kind == "file" or [file.name for file in partial.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_whose_last_step_failed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    names = list(tensors())
+    with monkeypatch.context() as patch, pytest.raises(FewbitsError, match="Permission denied"):
+        patch.setattr(os, "rename", refuse)
+        with DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key") as writer:
+            for name in names:
+                writer.put(name, numpy_of(tensors()[name]))
+            writer.checkpoint(names)
+    with DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key") as writer:
+        assert all(writer.has(name) for name in names)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m"]
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
 def test_what_exists_is_replaced_only_if_it_is_ours(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.mkdir()

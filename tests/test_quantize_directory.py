@@ -200,7 +200,9 @@ def test_the_text_to_measure_on_is_checked_before_any_work(tmp_path: Path, texts
             make("gptq:w4g64", tmp_path / "out", texts, measure_text=text)
     assert not (tmp_path / "out").exists()
     make("gptq:w4g64", tmp_path / "out", texts, measure_text=texts[1], measure_chunks=2)
-    assert "KL" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "KL" in card
+    assert "--measure test.txt" in card
     with pytest.raises(FewbitsError, match="calibrated on"):
         fewbits.measure(tmp_path / "out", texts[0], reference=MODEL)
 
@@ -287,6 +289,22 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 def test_refused_at_plan_time(target: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FewbitsError, match=message):
         fewbits.plan(MODEL, target, **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("bnb:nf4", {"device": "auto"}, "--device has no effect"),
+        ("Q4_0", {"device": "cuda"}, "model directories"),
+        ("bnb:nf4", {"measure_chunks": 3}, "Pass --measure"),
+        ("bnb:nf4", {"calibration_chunks": 3}, "Pass --calibration"),
+        ("Q4_0", {"calibration_chunks": 3}, "Pass --calibration"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path: Path, target: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewbitsError, match=message):
+        fewbits.quantize(MODEL, target, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_text_shorter_than_the_widest_row_is_refused(tmp_path: Path) -> None:

@@ -238,11 +238,13 @@ def quantize(
     """
     if is_directory_target(target):
         _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
+        _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
         check_directory_output(Path(output), overwrite, Path(source))
-        job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
+        texts = _paths(calibration)
+        job = DirectoryJob.of(source, target, method, keep, split_max_size, texts, calibration_chunks, device)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.execute(Path(output), threads, device, overwrite, progress)
+        report = job.execute(Path(output), threads, overwrite, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
@@ -251,7 +253,8 @@ def quantize(
             )
             job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
         return report
-    _refuse_directory_options(target, method, keep, measure_text)
+    _refuse_directory_options(target, method, keep, measure_text, device)
+    _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
     prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
     final = Path(output)
     request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
@@ -289,9 +292,27 @@ def _refuse_gguf_options(
             raise FewbitsError(f"{target}: {what} can be chosen for GGUF targets only.", "Leave it out.")
 
 
-def _refuse_directory_options(
-    target: str, method: str | None, keep: Sequence[str], measure_text: str | Path | None = None
+def _refuse_without_effect(
+    calibration: str | Path | Sequence[str | Path],
+    calibration_chunks: int | None,
+    measure_text: str | Path | None,
+    measure_chunks: int | None,
 ) -> None:
-    for what, given in (("--method", method), ("--keep", keep), ("--measure", measure_text)):
+    if calibration_chunks and not calibration:
+        raise FewbitsError("--calibration-chunks without a text.", "Pass --calibration TEXT, too.")
+    if measure_chunks and not measure_text:
+        raise FewbitsError("--measure-chunks without a text.", "Pass --measure TEXT, too.")
+
+
+def _refuse_directory_options(
+    target: str,
+    method: str | None,
+    keep: Sequence[str],
+    measure_text: str | Path | None = None,
+    device: str = "cpu",
+) -> None:
+    elsewhere = device if device != "cpu" else ""
+    unused = {"--method": method, "--keep": keep, "--measure": measure_text, "--device": elsewhere}
+    for what, given in unused.items():
         if given:
             raise FewbitsError(f"{target}: {what} is for model directories (gptq:, awq:, ct:, ...).", "Leave it out.")

@@ -28,7 +28,7 @@ class Inputs:
     """What is known of the inputs that one or several weights share.
 
     Attributes:
-        names: GGUF names of the weights.
+        names: of the weights: GGUF names for an imatrix, stored names for directories.
         sums: float64 [experts, columns], sums of squares.
         counts: tokens that each expert saw.
         hessians: float32 [columns, columns] of each expert: X^T X, None where it saw no token or none is wanted.

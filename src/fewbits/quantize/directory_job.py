@@ -37,6 +37,7 @@ class DirectoryJob:
     Attributes:
         command: the command line that asks for the same.
         dtype: storage type of most of the unquantized tensors.
+        device: where calibration runs.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class DirectoryJob:
     plan: Plan
     command: str
     dtype: str
+    device: str
 
     @staticmethod
     def of(
@@ -54,6 +56,7 @@ class DirectoryJob:
         max_shard_size: int | None,
         texts: Sequence[Path],
         chunks: int | None,
+        device: str = "cpu",
     ) -> DirectoryJob:
         """Make the plan; texts are tokenized, no weight is read.
 
@@ -69,6 +72,7 @@ class DirectoryJob:
         dtype = plain_dtype(stored, chosen.layout)
         chosen = replace(chosen, layout=chosen.layout.for_floats(dtype))
         text = _read(model, texts, chunks) if texts and chosen.calibrated else None
+        device = _device(device, text is not None, chosen.name)
         request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, text)
         plan = make_directory_plan(model, request)
         if texts and text is None:
@@ -78,19 +82,16 @@ class DirectoryJob:
         words += _flags("--calibration-chunks", [chunks] if chunks and text else [])
         words += [*_flags("--method", [method] if method else []), *_flags("--keep", keep)]
         words += _flags("--split-max-size", [max_shard_size] if max_shard_size else [])
-        return DirectoryJob(model, request, plan, shlex.join(words), dtype)
+        words += _flags("--device", [device] if device != "cpu" else [])
+        return DirectoryJob(model, request, plan, shlex.join(words), dtype, device)
 
-    def execute(
-        self, output: Path, threads: int | None, device: str, overwrite: bool, progress: Progress | None
-    ) -> QuantizeReport:
+    def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
-        if self.request.text is not None:
-            from fewbits.calibration.run import resolve_device
-
-            device = resolve_device(device)
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
-        return execute_directory(plan, self.model, self.request, output, files, threads, device, overwrite, progress)
+        return execute_directory(
+            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress
+        )
 
     def _files(self, output: Path) -> tuple[dict[str, bytes], list[str]]:
         """Everything beside the weights, and notes on what is missing."""
@@ -141,6 +142,7 @@ class DirectoryJob:
             measured: the loss, once it is known.
         """
         target, text = self.request.target, self.request.text
+        rest = ["-o", str(output), *_flags("--measure", [measured.text] if measured else [])]
         used = None
         if text is not None:
             names = [Path(name).name for name in text.datasets]
@@ -150,7 +152,7 @@ class DirectoryJob:
             format=target.layout.quant_method,
             storage=target.layout.type.name,
             method=method_named(target.method).summary,
-            command=f"{self.command} -o {shlex.quote(str(output))}",
+            command=f"{self.command} {shlex.join(rest)}",
             bits_per_weight=self.plan.bits_per_weight,
             size_before=sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
             size_after=self.plan.weights_bytes,
@@ -174,6 +176,17 @@ class DirectoryJob:
 
 def _flags(flag: str, values: Sequence[object]) -> list[str]:
     return [word for value in values for word in (flag, str(value))]
+
+
+def _device(wanted: str, calibrated: bool, target: str) -> str:
+    """The device that calibration runs on."""
+    if calibrated:
+        from fewbits.calibration.run import resolve_device  # imports torch, which data-free targets do without
+
+        return resolve_device(wanted)
+    if wanted != "cpu":
+        raise FewbitsError(f"{target}: nothing is calibrated, so --device has no effect.", "Leave it out.")
+    return "cpu"
 
 
 def _read(model: Model, texts: Sequence[Path], chunks: int | None) -> CalibrationText:

@@ -313,9 +313,11 @@ class DirectoryWriter:
         for shard in self._shards:
             _sync(self.partial / shard.name)
         self._lock.release(force=True)
-        # state, lock, scratch, and what a killed run may have left
-        self._clear(keep={shard.name for shard in self._shards} | {name.split("/")[0] for name in files})
+        # lock, scratch, and what a killed run may have left; without its state an unfinished run could not go on
+        ours = {shard.name for shard in self._shards} | {name.split("/")[0] for name in files}
+        self._clear(keep={STATE, *ours})
         self._replace()
+        (self._final / STATE).unlink(missing_ok=True)
 
     def _replace(self) -> None:
         """Rename the finished folder; what stood there before is removed last."""
