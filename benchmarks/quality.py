@@ -5,7 +5,8 @@
 `--bin` is the folder with llama.cpp's tools. The reference is the model directory in float32; all files are made from
 it (llama-quantize's from our unquantized conversion, so that only the quantizer differs). With `--calibration` each
 side makes its own importance matrix of the same windows: ours by `fewbits calibrate`, the peer's by llama-imatrix; and
-ours is also made with the Hessians of these windows ("feedback").
+ours is also made with the Hessians of these windows ("feedback"). With `--budget` ours are made once more as
+`gguf` with the size of the peer's file as budget.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import fewbits
 from fewbits.measure.metrics import Comparison
+from fewbits.quantize.budget import Budget
 
 LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
@@ -46,7 +48,14 @@ def calibrated(folder: Path, options: argparse.Namespace) -> tuple[dict[str, dic
     """What each of our files is made with, and the peer's arguments."""
     mine, theirs, hessians, half = (folder / n for n in ("ours.dat.gguf", "peer.gguf", "hessians", "half.gguf"))
     text, chunks, threads = options.calibration, options.calibration_chunks, options.threads
-    fewbits.calibrate(options.model, text, mine, chunks=chunks, hessians=hessians, output_tensor=True, threads=threads)
+    fewbits.calibrate(
+        *(options.model, text, mine),
+        chunks=chunks,
+        hessians=hessians,
+        output_tensor=True,
+        sensitivity=options.budget,
+        threads=threads,
+    )
     fewbits.quantize(options.model, "F16", half)
     tool = options.bin / "llama-imatrix"
     run(tool, "-m", half, "-f", text, "-c", 512, "--chunks", chunks, "--no-ppl", "-o", theirs, "-t", threads)
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("--calibration-chunks", type=int, default=64)
     parser.add_argument("--levels", nargs="+", default=LEVELS)
     parser.add_argument("--chunks", type=int, default=24)
+    parser.add_argument("--budget", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,14 +88,19 @@ def main() -> None:
         print("| level | made by | bytes | seconds | KL divergence | ratio | same top |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for level in options.levels:
-            peer = None
-            for maker in ("llama-quantize", *ours):
+            peer, size = None, 0
+            mixtures = {f"{maker}, budget": given for maker, given in ours.items() if options.budget}
+            for maker in ("llama-quantize", *ours, *mixtures):
                 started = time.perf_counter()
+                common: dict[str, Any] = {"threads": options.threads, "overwrite": True}
                 if maker in ours:
-                    fewbits.quantize(options.model, level, out, threads=options.threads, overwrite=True, **ours[maker])
+                    fewbits.quantize(options.model, level, out, **common, **ours[maker])
+                elif maker in mixtures:
+                    fewbits.quantize(options.model, "gguf", out, budget=Budget(size=size), **common, **mixtures[maker])
                 else:
                     run(options.bin / "llama-quantize", *peer_with, source, out, level, options.threads)
                 seconds = time.perf_counter() - started
+                size = size or out.stat().st_size
                 found = compared(out, options)
                 mean = found.kl.mean
                 peer = peer or mean.value

@@ -196,7 +196,7 @@ def test_same_choice_as_the_executable_description(oracle: ModuleType) -> None:
 
 
 def test_presets_are_llama_quantize_s() -> None:
-    assert len(PRESETS) + len(ALIASES) == 39
+    assert len(PRESETS) + len(ALIASES) == 40  # GGUF, with a budget, is ours
     assert preset("q4_k").name == preset("15").name == preset(" Q4_K_M ").name == "Q4_K_M"
     assert preset("0").name == "F32" and preset("12").name == "Q3_K_M" and preset("41").name == "Q2_0"
     assert preset("copy").file_type is None

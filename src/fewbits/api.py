@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,17 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
-from fewbits.formats.gguf.source import GGUFSource, gguf_source
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.directory import is_directory_target
-from fewbits.quantize import (
-    PlanRequest,
-    QuantizeReport,
-    calibrate_texts,
-    check,
-    default_output,
-    execute,
-    importances_of,
-    make_plan,
-    promised,
-    with_provenance,
-)
+from fewbits.quantize import QuantizeReport
+from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory_job import DirectoryJob
-from fewbits.quantize.hessians import Factors, with_feedback
-from fewbits.quantize.importances import Importances, Progress, uses_importances
-from fewbits.quantize.learned import Learned
+from fewbits.quantize.gguf_job import GGUFJob
+from fewbits.quantize.importances import Progress
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
 
@@ -139,8 +125,11 @@ def plan(
     hessians: str | Path | None = None,
     method: str | None = None,
     keep: Sequence[str] = (),
+    budget: Budget | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
-    """What `quantize` would make, to the byte, from headers alone.
+    """What `quantize` would make, to the byte, from headers alone; for a budget, weights are read and texts run.
 
     Args:
         target: a preset of GGUF (`Q4_K_M`, `Q8_0`, ...) or an ecosystem's directory (`gptq:w4g128`, `bnb:nf4`, ...);
@@ -155,49 +144,33 @@ def plan(
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
         method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
         keep: regular expressions of linears that a directory keeps unquantized.
+        budget: for the target `gguf`: how much the file may take; types are chosen freely.
+        threads: for a budget; None takes every core.
+        progress: for a budget; called with (done, all, what).
 
     Raises:
         FewbitsError: anything that would keep `quantize` from making the files.
     """
     if is_directory_target(target):
-        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
+        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians, budget)
         job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
         return job.plan
     _refuse_directory_options(target, method, keep)
-    prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
-    final = Path(output) if output else None
-    request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
-    if not calibration:
-        _refuse_lone_hessians(hessians)
-        return make_plan(prepared, request)
-    final = final or default_output(prepared.path, target)
-    statistics, file = promised(source, _paths(calibration), final, calibration_chunks, overwrite=True)
-    return _calibrated(prepared, request, statistics, file, Factors(Path(hessians)) if hessians else None)[1]
-
-
-def _refuse_lone_hessians(hessians: str | Path | None) -> None:
-    if hessians:
-        raise FewbitsError(
-            f"{hessians}: Hessians alone do not choose scales.", "Pass the statistics made with them, too."
-        )
-
-
-def _calibrated(
-    source: GGUFSource, request: PlanRequest, statistics: Statistics, file: Path, factors: Factors | None
-) -> tuple[GGUFSource, Plan, Importances | None]:
-    """What `execute` needs, with statistics. Importances are empty where those are only promised, None where the
-    target has no use for them."""
-    told = with_provenance(source, statistics, file)
-    made = make_plan(told, replace(request, mixture=replace(request.mixture, has_imatrix=True)))
-    if not any(uses_importances(tensor) for tensor in made.tensors):
-        made = make_plan(source, request)
-        return source, made.model_copy(update={"notes": [*made.notes, "this target has no use for calibration"]}), None
-    if factors:
-        made = with_feedback(made, factors, statistics.texts_sha256)
-    if not statistics.tensors:
-        return told, made, {}
-    importances, notes = importances_of(made, statistics, file)
-    return told, made.model_copy(update={"notes": [*made.notes, *notes]}), importances
+    return GGUFJob.of(
+        source,
+        target,
+        Path(output) if output else None,
+        mixture,
+        split_max_size,
+        Path(edited) if edited else None,
+        pre_tokenizer,
+        _paths(calibration),
+        calibration_chunks,
+        Path(hessians) if hessians else None,
+        budget,
+        threads,
+        progress,
+    ).plan()
 
 
 def quantize(
@@ -220,6 +193,7 @@ def quantize(
     device: str = "cpu",
     measure_text: str | Path | None = None,
     measure_chunks: int | None = None,
+    budget: Budget | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
@@ -229,6 +203,7 @@ def quantize(
         device: where the calibration of a directory runs.
         measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
         measure_chunks: most windows of it.
+        budget: see `plan`.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
     `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
@@ -237,7 +212,7 @@ def quantize(
         FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
     """
     if is_directory_target(target):
-        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians)
+        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians, budget)
         _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
         check_directory_output(Path(output), overwrite, Path(source))
         texts = _paths(calibration)
@@ -255,21 +230,21 @@ def quantize(
         return report
     _refuse_directory_options(target, method, keep, measure_text, device)
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-    prepared = gguf_source(open_checkpoint(source), pre_tokenizer)
-    final = Path(output)
-    request = PlanRequest(target, mixture or MixtureOptions(), split_max_size, final, Path(edited) if edited else None)
-    if not calibration:
-        _refuse_lone_hessians(hessians)
-        return execute(make_plan(prepared, request), prepared, final, threads, overwrite, progress)
-    paths, factors = _paths(calibration), Factors(Path(hessians)) if hessians else None
-    # whatever would refuse the result should do so before hours of calibration
-    statistics, file = promised(source, paths, final, calibration_chunks, overwrite)
-    ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
-    check(made, ready, final, overwrite, Learned({}, factors))
-    if importances is not None and not statistics.tensors:
-        statistics = calibrate_texts(source, paths, file, calibration_chunks, threads, overwrite, progress)
-        ready, made, importances = _calibrated(prepared, request, statistics, file, factors)
-    return execute(made, ready, final, threads, overwrite, progress, Learned(importances or {}, factors))
+    return GGUFJob.of(
+        source,
+        target,
+        Path(output),
+        mixture,
+        split_max_size,
+        Path(edited) if edited else None,
+        pre_tokenizer,
+        _paths(calibration),
+        calibration_chunks,
+        Path(hessians) if hessians else None,
+        budget,
+        threads,
+        progress,
+    ).execute(overwrite)
 
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -282,11 +257,12 @@ def _refuse_gguf_options(
     edited: str | Path | None,
     pre_tokenizer: str | None,
     hessians: str | Path | None,
+    budget: Budget | None,
 ) -> None:
     changed = mixture is not None and mixture != MixtureOptions(tensor_types=mixture.tensor_types)
     single = changed or (mixture is not None and bool(mixture.tensor_types))
-    unused = {"types of single tensors": single, "--plan": edited}
-    unused |= {"--pre-tokenizer": pre_tokenizer, "--hessians": hessians}
+    unused: dict[str, object] = {"types of single tensors": single, "--plan": edited}
+    unused |= {"--pre-tokenizer": pre_tokenizer, "--hessians": hessians, "a budget": budget}
     for what, given in unused.items():
         if given:
             raise FewbitsError(f"{target}: {what} can be chosen for GGUF targets only.", "Leave it out.")

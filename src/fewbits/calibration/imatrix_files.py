@@ -2,11 +2,14 @@
 
 Sources: llama.cpp tools/imatrix/imatrix.cpp (`save_imatrix`, `save_imatrix_legacy`) and common/imatrix-loader.cpp.
 A GGUF file holds, for each weight NAME, `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts, 1].
+Ours may hold `NAME.sensitivity0` F32 [experts, columns] and `NAME.sensitivity0.rows` F32 [rows], too (and 1, for an
+embedding that is the head as well), which llama.cpp passes over.
 A `.dat` file is a list of (name, windows, values), where values are mean squares times the number of windows.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fewbits.calibration.statistics import Statistics, TensorStatistics
+from fewbits.calibration.statistics import Sensitivities, Sensitivity, Statistics, TensorStatistics
 from fewbits.checkpoint.gguf import MAGIC, GGUFCheckpoint
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import AtomicFile
@@ -22,6 +25,7 @@ from fewbits.formats.gguf.writer import TensorEntry, lay_out, write_shards
 
 FileFormat = Literal["gguf", "dat"]
 SUMS, COUNTS = ".in_sum2", ".counts"
+SENSITIVITY = re.compile(r"(.+)\.sensitivity[01]")
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 TEXTS, TOKENS = "fewbits.calibration.text_sha256", "fewbits.calibration.tokens"
 LEGACY_CHUNK = 512
@@ -91,7 +95,22 @@ def _read_gguf(path: Path) -> Statistics:
         _whole(path, checkpoint.metadata, CHUNK_SIZE, LEGACY_CHUNK) or LEGACY_CHUNK,
         _texts(path, checkpoint.metadata, TEXTS),
         _whole(path, checkpoint.metadata, TOKENS, 0),
+        _sensitivities(checkpoint),
     )
+
+
+def _sensitivities(checkpoint: GGUFCheckpoint) -> Sensitivities:
+    out: Sensitivities = {}
+    for name in checkpoint.tensors:
+        if found := SENSITIVITY.fullmatch(name):
+            rows = f"{name}.rows" if f"{name}.rows" in checkpoint.tensors else None
+            values = [checkpoint.read(part) for part in (name, rows) if part]
+            if values[0].ndim != 2 or not all(
+                value.size and 0 <= value.min() <= value.max() < np.inf for value in values
+            ):
+                raise FewbitsError(f"{checkpoint.path}: {name} is negative, not finite or no matrix.", DAMAGED)
+            out.setdefault(found[1], []).append(Sensitivity(values[0], values[1].ravel() if rows else None))
+    return out
 
 
 def _whole(path: Path, metadata: dict[str, Any], key: str, default: int) -> int:
@@ -184,6 +203,12 @@ def _write_gguf(statistics: Statistics, path: Path, overwrite: bool) -> None:
         for suffix, array in ((SUMS, tensor.sums), (COUNTS, tensor.counts.reshape(-1, 1))):
             entries.append(TensorEntry(name + suffix, array.shape, "F32", array.nbytes))
             values.append(np.ascontiguousarray(array, np.float32))
+    for name, known in sorted(statistics.sensitivities.items()):
+        for number, one in enumerate(known):
+            for suffix, part in (("", one.columns), (".rows", one.rows)):
+                if part is not None:
+                    entries.append(TensorEntry(f"{name}.sensitivity{number}{suffix}", part.shape, "F32", part.nbytes))
+                    values.append(np.ascontiguousarray(part, np.float32))
     shards = lay_out(path, metadata, entries, None)
     write_shards(shards, ([array.tobytes()] for array in values), overwrite)
 

@@ -17,6 +17,7 @@ from fewbits.calibration.hessians import block_file, check_folder, open_block, p
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
 from fewbits.calibration.resume import WorkFolder
+from fewbits.calibration.sensitivity import sensitivities
 from fewbits.calibration.statistics import Statistics, TensorStatistics
 from fewbits.calibration.texts import CalibrationText, read_texts
 from fewbits.checkpoint import Model, open_model
@@ -50,6 +51,7 @@ def calibrate(
     merge: Sequence[str | Path] = (),
     hessians: str | Path | None = None,
     output_tensor: bool = False,
+    sensitivity: bool = False,
     format: FileFormat = "gguf",
     device: str = "cpu",
     threads: int | None = None,
@@ -70,6 +72,8 @@ def calibrate(
         merge: importance matrices of the same model whose sums are added.
         hessians: folder for X^T X of every linear layer, one file for each decoder block.
         output_tensor: also the inputs of the head.
+        sensitivity: also how much errors in each weight change what the model says, from gradients of some of the
+            windows: what a budget is spent by.
         format: `gguf`, or `dat` for older versions of llama.cpp.
         device: `cpu`, `cuda` or `auto` (cuda where there is one).
         threads: None means all cores.
@@ -82,6 +86,8 @@ def calibrate(
     """
     if format not in ("gguf", "dat"):
         raise FewbitsError(f"There is no importance-matrix format {format!r}.", "Choose gguf or dat.")
+    if sensitivity and (format == "dat" or not texts):
+        raise FewbitsError("Sensitivities need a text, and a file in the format gguf.", "Leave out --sensitivity.")
     if context < 1:
         raise FewbitsError(f"A context of {context} tokens calibrates nothing.", "Take 512.")
     paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
@@ -103,6 +109,9 @@ def calibrate(
             text = read_texts(paths, job.model.tokenizer(), context, chunks)
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
             statistics = job.run(text)
+        if sensitivity:
+            with job.clock.step("gradients"), torch_threads(threads or os.cpu_count() or 1):
+                statistics.sensitivities = sensitivities(job.model, text, progress=progress)
     statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
     if final is not None:
         with job.clock.step("write"):

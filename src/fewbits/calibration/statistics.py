@@ -68,6 +68,26 @@ class TensorStatistics:
         raise FewbitsError(f"there are {self.shape[0]} x {self.shape[1]} input sums, not {experts} x {columns}.")
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much errors in a weight [experts, rows, columns] or, with one expert, [rows, columns] change what is said.
+
+    The KL divergence in nats a token that an error D costs is estimated as the sum over experts, rows and columns of
+    rows[row] * columns[expert, column] * D[expert, row, column]^2 / 2.
+
+    Attributes:
+        columns: float32 [experts, columns].
+        rows: float32 [rows] with the sum 1, or None where each row counts 1 / rows.
+    """
+
+    columns: Floats
+    rows: Floats | None = None
+
+
+Sensitivities = dict[str, list[Sensitivity]]
+"""By GGUF name of the weight; an embedding that is the head as well has two."""
+
+
 @dataclass
 class Statistics:
     """The statistics of a model, and what they were made from.
@@ -79,6 +99,7 @@ class Statistics:
         chunk_size: tokens of a window.
         texts_sha256: of each text file, where known; what calibrated a model must not measure it.
         tokens: tokens that went through the model, where known, else 0.
+        sensitivities: empty where none were taken.
     """
 
     tensors: dict[str, TensorStatistics]
@@ -87,6 +108,7 @@ class Statistics:
     chunk_size: int = 512
     texts_sha256: list[str] = field(default_factory=list)
     tokens: int = 0
+    sensitivities: Sensitivities = field(default_factory=dict)
 
     def without_data(self) -> dict[str, list[int]]:
         """Weights with experts that saw no token -> those experts."""
@@ -114,6 +136,8 @@ class Statistics:
             self.chunk_size,
             list(dict.fromkeys(digest for s in every for digest in s.texts_sha256)),
             sum(s.tokens for s in every),
+            # estimates from few windows in any case: the first are as good as a mean
+            next((s.sensitivities for s in every if s.sensitivities), {}),
         )
 
 

@@ -28,6 +28,9 @@ def command(
         Path | None, typer.Option("--hessians", metavar="DIR", help="Also keep Hessians, a file for each block.")
     ] = None,
     output_tensor: Annotated[bool, typer.Option("--output-tensor", help="Also the inputs of the head.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also which weights matter how much: for --size, --bpw and --fit.")
+    ] = False,
     format: Annotated[
         Literal["gguf", "dat"], typer.Option("--format", help="dat: for older versions of llama.cpp.")
     ] = "gguf",
@@ -54,6 +57,7 @@ def command(
             merge=merge or [],
             hessians=hessians,
             output_tensor=output_tensor,
+            sensitivity=sensitivity,
             format=format,
             device=device,
             threads=threads,

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fewbits.cli.output import parse_size
 from fewbits.errors import FewbitsError
 from fewbits.plan import MixtureOptions
+from fewbits.quantize.budget import Budget
 
 MODEL_HELP = "A model directory, a GGUF file, or a hub id."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -64,6 +66,14 @@ Hessians = Annotated[
     ),
 ]
 
+Size = Annotated[str | None, typer.Option("--size", help="For gguf: most bytes of the file, e.g. 6.5GB.")]
+BitsPerWeight = Annotated[
+    float | None, typer.Option("--bpw", min=0.1, max=32, help="For gguf: most bits per weight, embeddings included.")
+]
+Types = Annotated[
+    str | None, typer.Option("--types", metavar="T1,T2,...", help="For gguf: choose among these types only.")
+]
+
 Method = Annotated[
     str | None, typer.Option("--method", help="How a directory's codes are chosen, if not as the target usually does.")
 ]
@@ -78,6 +88,16 @@ MeasureChunks = Annotated[
     int | None, typer.Option("--measure-chunks", min=1, help="Most windows of the text to measure on.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where calibration runs: cpu, cuda or auto.")]
+
+
+def budget_of(size: str | None, bpw: float | None, types: str | None) -> Budget | None:
+    """The budget from the options above, if there is one."""
+    if size is None and bpw is None:
+        if types:
+            raise FewbitsError("--types without a budget.", "Pass --size or --bpw, too.")
+        return None
+    names = tuple(name.strip() for name in types.split(",") if name.strip()) if types else ()
+    return Budget(parse_size(size) if size else None, bpw, names)
 
 
 def mixture_options(

@@ -9,7 +9,7 @@ import typer
 
 from fewbits import api
 from fewbits.cli import options as o
-from fewbits.cli.output import emit_json, megabytes, parse_size, stdout, table, talk, talk_note
+from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, table, talk, talk_note
 from fewbits.plan import Plan
 
 NAME = "plan"
@@ -33,6 +33,9 @@ def command(
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
     hessians: o.Hessians = None,
+    size: o.Size = None,
+    bpw: o.BitsPerWeight = None,
+    types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row for every tensor.")] = False,
@@ -42,21 +45,24 @@ def command(
 
     Example: fewbits plan ./SmolLM2-135M Q4_K_M --no-fallback
     """
-    made = api.plan(
-        model,
-        target,
-        mixture=o.mixture_options(
-            tensor_type, output_tensor_type, token_embedding_type, pure, leave_output_tensor, no_fallback
-        ),
-        split_max_size=parse_size(split_max_size) if split_max_size else None,
-        edited=plan,
-        pre_tokenizer=pre_tokenizer,
-        calibration=calibration or (),
-        calibration_chunks=calibration_chunks,
-        hessians=hessians,
-        method=method,
-        keep=keep or (),
-    )
+    with progress_bar() as progress:
+        made = api.plan(
+            model,
+            target,
+            mixture=o.mixture_options(
+                tensor_type, output_tensor_type, token_embedding_type, pure, leave_output_tensor, no_fallback
+            ),
+            split_max_size=parse_size(split_max_size) if split_max_size else None,
+            edited=plan,
+            pre_tokenizer=pre_tokenizer,
+            calibration=calibration or (),
+            calibration_chunks=calibration_chunks,
+            hessians=hessians,
+            method=method,
+            keep=keep or (),
+            budget=o.budget_of(size, bpw, types),
+            progress=progress,
+        )
     if output is not None:
         made.save(output)
         talk(f"saved: {output}")

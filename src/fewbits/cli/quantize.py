@@ -32,6 +32,9 @@ def command(
     calibration: o.Calibration = None,
     calibration_chunks: o.CalibrationChunks = None,
     hessians: o.Hessians = None,
+    size: o.Size = None,
+    bpw: o.BitsPerWeight = None,
+    types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
     device: o.Device = "cpu",
@@ -49,6 +52,7 @@ def command(
     mixture = o.mixture_options(
         tensor_type, output_tensor_type, token_embedding_type, pure, leave_output_tensor, no_fallback
     )
+    budget = o.budget_of(size, bpw, types)
     split = parse_size(split_max_size) if split_max_size else None
     if dry_run:
         made = api.plan(
@@ -64,6 +68,7 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
+            budget=budget,
         )
         plan_verb.show(made, json)
         return
@@ -82,6 +87,7 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
+            budget=budget,
             device=device,
             measure_text=measure,
             measure_chunks=measure_chunks,

@@ -173,11 +173,12 @@ class StreamedModel:
             self.norm(stream)
         return stream.hidden[:, first : inputs.shape[1] - 1].numpy()
 
-    def enter(self, inputs: npt.NDArray[np.int64]) -> Stream:
+    def enter(self, inputs: npt.NDArray[np.int64], together: int | None = None) -> Stream:
         """Embed the windows: what the first decoder block gets.
 
         Args:
             inputs: token ids [n_windows, context].
+            together: windows in a batch; None means as many as keep the matrix products busy.
 
         Raises:
             FewbitsError: as for `final_states`.
@@ -189,9 +190,9 @@ class StreamedModel:
                 f"{self.model.path}: the model was made for {longest} positions, the windows have {context}.",
                 f"Pass a context of at most {longest}.",
             )
-        step = max(1, BATCH_TOKENS // context)
+        step = together or max(1, BATCH_TOKENS // context)
         batches = [slice(i, min(i + step, len(inputs))) for i in range(0, len(inputs), step)]
-        hidden = _activations((*inputs.shape, self.config.hidden_size))
+        hidden = activations((*inputs.shape, self.config.hidden_size))
         return Stream(hidden, batches, self._embed(torch.from_numpy(inputs), batches, hidden))
 
     def block_path(self, index: int) -> str:
@@ -225,20 +226,26 @@ class StreamedModel:
             args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
             block(stream.hidden[batch].to(device), *args, **kwargs)
 
-    def weights_of(self, index: int, block: nn.Module) -> dict[str, torch.Tensor]:
-        """The parameters of a materialized block by stored name: views, of experts' common tensors one for each."""
+    def weights_of(
+        self, index: int, block: nn.Module, of: Callable[[nn.Parameter], torch.Tensor] = lambda found: found.data
+    ) -> dict[str, torch.Tensor]:
+        """The parameters of a materialized block by stored name: views, of experts' common tensors one for each.
+
+        Args:
+            of: what is looked at of a parameter, e.g. its gradient.
+        """
         views: dict[str, torch.Tensor] = {}
         for name, parameter in block.named_parameters():
             sources = self.sources(f"{self.block_path(index)}.{name}")
             if parameter.ndim == 3 and sources and ".0." in sources[0]:
-                for expert, matrix in enumerate(parameter.data):
+                for expert, matrix in enumerate(of(parameter)):
                     parts = matrix.chunk(len(sources))
                     views |= {
                         re.sub(r"\bexperts\.0\.", f"experts.{expert}.", source): part
                         for source, part in zip(sources, parts, strict=True)
                     }
             elif len(sources) == 1:
-                views[sources[0]] = parameter.data
+                views[sources[0]] = of(parameter)
         return views
 
     def linears(self, index: int, block: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -259,6 +266,26 @@ class StreamedModel:
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 return skeleton(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+
+        return logits
+
+    def top(self, watch: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What follows the decoder blocks, for gradients: [n, context, hidden] -> float32 logits [n, context, n_vocab].
+
+        Args:
+            watch: called with the head's input and output, before softcap and scaling.
+        """
+        skeleton = copy.copy(self.skeleton)
+        skeleton._modules = dict(self.skeleton._modules)
+        given = _Given(torch.empty(0))
+        setattr(skeleton, skeleton.base_model_prefix, self._base_with([given] * len(self.layers), final_norm=True))
+        head = self.output_embeddings().requires_grad_(False)
+        head.register_forward_hook(lambda _, args, out: watch(args[0], out))
+        skeleton.set_output_embeddings(head)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            given.hidden = hidden
+            return skeleton(inputs_embeds=torch.zeros(1).expand(hidden.shape), use_cache=False).logits.float()
 
         return logits
 
@@ -454,7 +481,7 @@ def _moved(value: Any, device: str) -> Any:
     return value
 
 
-def _activations(shape: tuple[int, ...]) -> torch.Tensor:
+def activations(shape: tuple[int, ...]) -> torch.Tensor:
     """A float32 tensor in memory, or in an unlinked temporary file where it is large."""
     if 4 * prod(shape) <= SPILL_BYTES:
         return torch.empty(shape)

@@ -89,6 +89,7 @@ _PRESETS = (
     Preset("Q1_0", "Q1_0", 40, 1.48, False, "groups of 128 signs: for models trained to one bit"),
     Preset("TQ2_0", "TQ2_0", 37, 2.52, False, "ternary in 2 bits: for models trained to three levels"),
     Preset("TQ1_0", "TQ1_0", 36, 2.19, False, "ternary in 1.7 bits: for models trained to three levels"),
+    Preset("GGUF", "", None, None, False, "any mixture of types: the least loss within --size, --bpw or --fit"),
     Preset("COPY", "", None, None, False, "every tensor as it is in the source; only overrides change a type"),
 )
 

@@ -105,8 +105,9 @@ def promised(
 def calibrate_texts(
     model: str | Path,
     texts: Sequence[Path],
-    kept: Path,
+    kept: Path | None,
     chunks: int | None = None,
+    sensitivity: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -119,6 +120,7 @@ def calibrate_texts(
         chunks=chunks or CHUNKS,
         context=CONTEXT,
         output_tensor=True,
+        sensitivity=sensitivity,
         device="auto",
         threads=threads,
         overwrite=overwrite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import Shard, TensorEntry, lay_out
 from fewbits.plan import MixtureOptions, Plan, PlannedFile, apply_edits, plan_tensors, preset
 from fewbits.plan.directory import is_directory_target
-from fewbits.plan.presets import FLOAT_TYPES
+from fewbits.plan.presets import FLOAT_TYPES, PRESETS
 from fewbits.version import __version__
 
 QUANTIZATION_VERSION = 2
@@ -87,10 +88,22 @@ def _losses(plan: Plan) -> list[str]:
     return notes
 
 
+def _file_type(plan: Plan) -> int | None:
+    """What engines tell the user the file is: of a free mixture, the preset of the type that most weights have."""
+    chosen = preset(plan.target)
+    if chosen.name != "GGUF":
+        return chosen.file_type
+    sizes: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        sizes[tensor.codec] += tensor.n_weights
+    most = sizes.most_common(1)[0][0]
+    return next((known.file_type for known in PRESETS.values() if known.base == most), None)
+
+
 def shards_of(plan: Plan, metadata: Mapping[str, Any], output: Path) -> list[Shard]:
     """The exact files of a plan."""
     keys: dict[str, Any] = {"general.quantization_version": QUANTIZATION_VERSION}
-    file_type = preset(plan.target).file_type
+    file_type = _file_type(plan)
     if file_type is not None:
         keys["general.file_type"] = file_type
     entries = [TensorEntry(t.name, tuple(t.shape), t.codec, t.nbytes) for t in plan.tensors]

@@ -1,0 +1,151 @@
+"""A GGUF of a given size: each tensor gets the type that makes the whole lose least within the budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewbits.calibration.statistics import Statistics
+from fewbits.codecs import codec
+from fewbits.errors import FewbitsError
+from fewbits.formats.gguf.source import GGUFSource
+from fewbits.formats.gguf.writer import padded
+from fewbits.plan import Plan, PlannedFile, PlannedTensor, default_method, tensor_type
+from fewbits.plan.budget import Option, Spent, spend
+from fewbits.plan.presets import FLOAT_TYPES
+from fewbits.quantize.importances import Progress, importances_of
+from fewbits.quantize.learned import Learned
+from fewbits.quantize.losses import Appraisal
+from fewbits.quantize.planning import shards_of
+
+TARGET = "GGUF"
+"""The preset under which a plan of free types goes."""
+K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CODEBOOKS = ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S")
+WITH_CALIBRATION = ("IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""What is too coarse to be chosen without knowing which columns matter."""
+SHORT_ROWS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")
+"""For rows that are no multiple of 256."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a file may take; one of the two is given.
+
+    Attributes:
+        size: most bytes of all files together.
+        bpw: most bits per weight over all tensors, embeddings included.
+        types: only these; empty for all that are worth having.
+    """
+
+    size: int | None = None
+    bpw: float | None = None
+    types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bpw is None):
+            raise FewbitsError("A budget is either a size or a number of bits per weight.", "Pass --size or --bpw.")
+
+    def bytes_for_tensors(self, skeleton: Plan, overhead: int) -> int:
+        """What the tensors may take together, padding included."""
+        return int(skeleton.n_weights * self.bpw / 8) if self.bpw is not None else (self.size or 0) - overhead
+
+
+def plan_budget(
+    source: GGUFSource,
+    skeleton: Plan,
+    budget: Budget,
+    output: Path,
+    statistics: Statistics | None = None,
+    file: Path | None = None,
+    learned: Learned | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose types within a budget.
+
+    Args:
+        skeleton: of the target `TARGET`: the tensors that are free to choose stay as they are there.
+        output: final name, for the files' names.
+        statistics: from calibration; with sensitivities the choice is worth most.
+        file: where they are from, for messages.
+        learned: with the Hessians' factors, if codes will be chosen with error feedback.
+        threads: None takes every core.
+
+    Raises:
+        FewbitsError: the budget is too small, an unknown type, or statistics of another model.
+    """
+    free = [tensor for tensor in skeleton.tensors if tensor.reason == "copied"]
+    types = {tensor.name: _types(tensor, budget, statistics is not None) for tensor in free}
+    probe = [_typed(tensor, types[tensor.name][0], "") for tensor in free]
+    known = (
+        importances_of(skeleton.model_copy(update={"tensors": probe}), statistics, file or output)[0]
+        if statistics
+        else {}
+    )
+    appraisal = Appraisal(source, known, statistics.sensitivities if statistics else {}, learned or Learned())
+    by_name = {tensor.name: tensor for tensor in source.tensors}
+    losses = appraisal.losses([by_name[t.name] for t in free], types, threads or os.cpu_count() or 1, progress)
+    shards = shards_of(skeleton, source.metadata, output)
+    fixed = sum(padded(t.nbytes) for t in skeleton.tensors if t.reason != "copied")
+    headers = sum(len(shard.header) for shard in shards)
+    room = budget.bytes_for_tensors(skeleton, headers) - fixed
+    options = [_options(tensor, losses[tensor.name]) for tensor in free]
+    spent = spend(options, room)
+    chosen = {
+        tensor.name: _typed(tensor, of[pick].name, "least loss within the budget")
+        for tensor, of, pick in zip(free, options, spent.picks, strict=True)
+    }
+    tensors = [chosen.get(tensor.name, tensor) for tensor in skeleton.tensors]
+    plan = skeleton.model_copy(update={"tensors": tensors})
+    files = [PlannedFile(name=s.path.name, size=s.nbytes) for s in shards_of(plan, source.metadata, output)]
+    return plan.model_copy(update={"files": files, "notes": [*plan.notes, *_notes(spent, room, statistics)]})
+
+
+def _types(tensor: PlannedTensor, budget: Budget, calibrated: bool) -> list[str]:
+    """The types that a tensor may get."""
+    columns = tensor.shape[-1]
+    if budget.types:
+        wanted: tuple[str, ...] = tuple(tensor_type(name, "the budget") for name in budget.types)
+    else:
+        wanted = (*K_TYPES, *CODEBOOKS, *(WITH_CALIBRATION if calibrated else ()))
+    fitting = [name for name in wanted if codec(name).fits(columns)]
+    if not fitting or (columns % 256 and not budget.types):
+        fitting += [name for name in SHORT_ROWS if codec(name).fits(columns) and name not in fitting]
+    stays = [tensor.source_dtype] if tensor.source_dtype in FLOAT_TYPES[1:] or not fitting else []
+    return [*fitting, *(name for name in stays if name not in fitting)]
+
+
+def _typed(tensor: PlannedTensor, to: str, reason: str) -> PlannedTensor:
+    update = {
+        "codec": to,
+        "method": default_method(tensor.source_dtype, to),
+        "nbytes": codec(to).nbytes(tensor.shape),
+        "reason": reason or tensor.reason,
+    }
+    return tensor.model_copy(update=update)
+
+
+def _options(tensor: PlannedTensor, losses: Mapping[str, float]) -> list[Option]:
+    return [Option(name, padded(codec(name).nbytes(tensor.shape)), loss) for name, loss in losses.items()]
+
+
+def _notes(spent: Spent, room: int, statistics: Statistics | None) -> list[str]:
+    gap = spent.loss / spent.bound - 1 if spent.bound > 0 else 0.0
+    notes = [
+        f"{room - spent.nbytes} bytes under the budget, expected to lose at most {gap:.2%} more than the best mixture"
+    ]
+    if statistics is None:
+        return [
+            *notes,
+            "without calibration, how much a tensor matters is guessed from its role: pass --calibration TEXT",
+        ]
+    if not statistics.sensitivities:
+        return [
+            *notes,
+            "the statistics hold no sensitivities, so how much a tensor matters is guessed from its role: pass a text, "
+            "or make them with `fewbits calibrate --sensitivity`",
+        ]
+    return [*notes, f"expected KL divergence from the source: about {spent.loss:.2g} nats a token"]

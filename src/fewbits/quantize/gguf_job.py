@@ -1,0 +1,158 @@
+"""From what a user asked for to a finished GGUF file: statistics, Hessians, a budget, the plan, execution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fewbits.calibration.statistics import Statistics
+from fewbits.checkpoint import open_checkpoint
+from fewbits.errors import FewbitsError
+from fewbits.formats.gguf.source import GGUFSource, gguf_source
+from fewbits.plan import MixtureOptions, Plan
+from fewbits.quantize.budget import TARGET, Budget, plan_budget
+from fewbits.quantize.execute import QuantizeReport, check, execute
+from fewbits.quantize.hessians import Factors, with_feedback
+from fewbits.quantize.importances import (
+    Importances,
+    Progress,
+    calibrate_texts,
+    importances_of,
+    promised,
+    split_sources,
+    uses_importances,
+    with_provenance,
+)
+from fewbits.quantize.learned import Learned
+from fewbits.quantize.planning import PlanRequest, default_output, make_plan
+
+
+@dataclass(frozen=True)
+class GGUFJob:
+    """A model, what is to be made of it, and with what.
+
+    Attributes:
+        calibration: statistics files or texts.
+        chunks: most windows of texts.
+        budget: how much the file may take, where types are chosen freely.
+    """
+
+    model: str | Path
+    source: GGUFSource
+    request: PlanRequest
+    calibration: list[Path]
+    chunks: int | None
+    factors: Factors | None
+    budget: Budget | None
+    threads: int | None
+    progress: Progress | None
+
+    @staticmethod
+    def of(
+        model: str | Path,
+        target: str,
+        output: Path | None,
+        mixture: MixtureOptions | None,
+        split_max_size: int | None,
+        edited: Path | None,
+        pre_tokenizer: str | None,
+        calibration: Sequence[Path],
+        chunks: int | None,
+        hessians: Path | None,
+        budget: Budget | None,
+        threads: int | None,
+        progress: Progress | None,
+    ) -> GGUFJob:
+        """Read the headers.
+
+        Raises:
+            FewbitsError: options that do not go together, an unknown architecture or tokenizer.
+        """
+        free = target.strip().upper() == TARGET
+        if budget is not None and not free:
+            raise FewbitsError(f"{target}: a budget is for the target gguf.", "Take gguf, or leave out the budget.")
+        if free and (budget is None) == (edited is None):
+            raise FewbitsError("The target gguf needs a budget or a saved plan.", "Pass --size or --bpw, or --plan.")
+        if hessians and not calibration:
+            raise FewbitsError(
+                f"{hessians}: Hessians alone do not choose scales.", "Pass the statistics made with them, too."
+            )
+        source = gguf_source(open_checkpoint(model), pre_tokenizer)
+        request = PlanRequest(
+            target, mixture or MixtureOptions(), split_max_size, output or default_output(source.path, target), edited
+        )
+        factors = Factors(hessians) if hessians else None
+        return GGUFJob(
+            model, source, request, list(calibration), chunks, factors, budget, threads, progress
+        )  # fmt: skip
+
+    @property
+    def output(self) -> Path:
+        assert self.request.output is not None
+        return self.request.output
+
+    def plan(self) -> Plan:
+        """The plan from headers alone; for a budget, weights are read and texts run, and nothing is kept of that."""
+        if not self.calibration:
+            return self._made(None, self.output)[1]
+        statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite=True)
+        if self.budget is not None and not statistics.tensors:
+            statistics = self._run(None, overwrite=True)
+        return self._made(statistics, file)[1]
+
+    def execute(self, overwrite: bool) -> QuantizeReport:
+        """Make the file; texts are run first, and what they give is kept beside it."""
+        if not self.calibration:
+            check(make_plan(self.source, self.request), self.source, self.output, overwrite)
+            plan = self._made(None, self.output)[1]
+            return execute(plan, self.source, self.output, self.threads, overwrite, self.progress)
+        statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite)
+        if not statistics.tensors:
+            # whatever would refuse the result should do so before hours of calibration
+            source, plan, found = self._made(statistics, file)
+            check(plan, source, self.output, overwrite, Learned({}, self.factors))
+            if found is not None:
+                statistics = self._run(file, overwrite)
+        source, plan, found = self._made(statistics, file)
+        learned = Learned(found or {}, self.factors)
+        check(plan, source, self.output, overwrite, learned)
+        return execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
+
+    def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
+        texts = split_sources(self.calibration)[1]
+        gradients = self.budget is not None
+        return calibrate_texts(
+            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress
+        )  # fmt: skip
+
+    def _made(self, statistics: Statistics | None, file: Path) -> tuple[GGUFSource, Plan, Importances | None]:
+        """What `execute` needs. Importances are empty where statistics are only promised, None where the target has
+        no use for them."""
+        if statistics is None:
+            plan = make_plan(self.source, self.request)
+            return self.source, self._within_budget(self.source, plan, None, file), None
+        told = with_provenance(self.source, statistics, file)
+        mixture = replace(self.request.mixture, has_imatrix=True)
+        plan = make_plan(told, replace(self.request, mixture=mixture))
+        if self.budget is not None and not statistics.tensors:
+            return told, plan, {}
+        plan = self._within_budget(told, plan, statistics, file)
+        if not any(uses_importances(tensor) for tensor in plan.tensors):
+            plan = make_plan(self.source, self.request) if self.budget is None else plan
+            note = "this target has no use for calibration"
+            return self.source, plan.model_copy(update={"notes": [*plan.notes, note]}), None
+        if self.factors:
+            plan = with_feedback(plan, self.factors, statistics.texts_sha256)
+        if not statistics.tensors:
+            return told, plan, {}
+        found, notes = importances_of(plan, statistics, file)
+        return told, plan.model_copy(update={"notes": [*plan.notes, *notes]}), found
+
+    def _within_budget(self, source: GGUFSource, plan: Plan, statistics: Statistics | None, file: Path) -> Plan:
+        if self.budget is None:
+            return plan
+        learned = Learned({}, self.factors)
+        return plan_budget(
+            source, plan, self.budget, self.output, statistics, file, learned, self.threads, self.progress
+        )  # fmt: skip
