@@ -90,6 +90,17 @@ def test_what_the_user_chose_stays(statistics: Path) -> None:
     assert plan.bits_per_weight <= 5.0
 
 
+def test_what_fits_into_memory_leaves_room_for_everything_else(tmp_path: Path) -> None:
+    needs = fewbits.memory(MODEL, target="Q4_K_M", context=256, kv="q8_0")
+    room = needs.total + 10**5
+    plan = fewbits.plan(MODEL, "gguf", budget=Budget(fit=room, context=256, kv="q8_0"))
+    made = fewbits.quantize(MODEL, "gguf", tmp_path / "a.gguf", budget=Budget(fit=room, context=256, kv="q8_0"))
+    assert plan.file_size == made.size
+    assert 0.98 * room < fewbits.memory(tmp_path / "a.gguf", context=256, kv="q8_0").total <= room
+    with pytest.raises(FewbitsError, match="shorter --context"):
+        fewbits.plan(MODEL, "gguf", budget=Budget(fit=10**6))
+
+
 def test_short_rows_have_types_that_fit(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model", "llama", {"hidden_size": 96, "intermediate_size": 160})
     plan = fewbits.plan(source, "gguf", budget=Budget(bpw=5.5))
@@ -106,8 +117,9 @@ def test_short_rows_have_types_that_fit(tmp_path: Path) -> None:
         ("gguf", {"size": 10**4}, "smallest mixture"),
         ("gguf", {"bpw": 0.5}, "smallest mixture"),
         ("gguf", {"bpw": 4.0, "types": ("Q9_K",)}, "Unknown type"),
-        ("gguf", {"size": 10**6, "bpw": 4.0}, "either a size or"),
-        ("gguf", {}, "either a size or"),
+        ("gguf", {"size": 10**6, "bpw": 4.0}, "either a size"),
+        ("gguf", {}, "either a size"),
+        ("gguf", {"bpw": 4.0, "context": 100}, "Pass --fit"),
     ],
 )
 def test_refused(target: str, budget: dict[str, Any] | None, message: str) -> None:

@@ -12,18 +12,22 @@ if TYPE_CHECKING:
     from fewbits.api import inspect, open, plan, quantize
     from fewbits.calibration.run import calibrate
     from fewbits.capabilities import capabilities
+    from fewbits.compare import compare
     from fewbits.doctor import doctor
     from fewbits.generate import generate as run
     from fewbits.measure import measure
+    from fewbits.memory import memory
 
 __all__ = [
     "FewbitsError",
     "__version__",
     "calibrate",
     "capabilities",
+    "compare",
     "doctor",
     "inspect",
     "measure",
+    "memory",
     "open",
     "plan",
     "quantize",
@@ -35,8 +39,10 @@ _VERBS = {
     **{name: ("fewbits.api", name) for name in ("inspect", "open", "plan", "quantize")},
     "calibrate": ("fewbits.calibration.run", "calibrate"),
     "capabilities": ("fewbits.capabilities", "capabilities"),
+    "compare": ("fewbits.compare", "compare"),
     "doctor": ("fewbits.doctor", "doctor"),
     "measure": ("fewbits.measure", "measure"),
+    "memory": ("fewbits.memory", "memory"),
     "run": ("fewbits.generate", "generate"),
 }
 

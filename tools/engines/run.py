@@ -52,6 +52,8 @@ EXACT = 1e-5
 ROUNDED, ROUNDED_WHOLE = 0.01, 0.3
 """The largest relative difference where the engine rounds activations: in a few blocks, and in the whole model."""
 CALIBRATED = ("gptq:", "awq:")
+CHUNKS = 16
+"""Windows to calibrate on: what is looked at here is whether every value is read as it was written."""
 TIME_LIMIT = 1800
 """Seconds for one checkpoint in an engine; the first one compiles kernels."""
 
@@ -137,7 +139,7 @@ def make(target: Target, options: argparse.Namespace) -> Path:
     if not out.exists():
         command = [sys.executable, "-m", "fewbits", "quantize", str(model), target.name, "-o", str(out)]
         if target.name.startswith(CALIBRATED):
-            command += ["--calibration", str(options.calibration)]
+            command += ["--calibration", str(options.calibration), "--calibration-chunks", str(CHUNKS)]
         subprocess.run(command, check=True)
     return out
 

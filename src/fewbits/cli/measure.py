@@ -27,6 +27,10 @@ def command(
         int | None, typer.Option("--context", min=8, help="Window length, if not the convention's.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="torch, or llama.cpp for the real engine.")] = "torch",
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="TYPE", help="Type of the KV cache, e.g. q8_0 or q4_0; simulated in torch."),
+    ] = None,
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor", help="Also measure the reference's own rounding.")
     ] = False,
@@ -54,6 +58,7 @@ def command(
             noise_floor=noise_floor,
             cache=cache,
             threads=threads,
+            kv=kv,
             progress=progress,
         )
     for warning in report.warnings:

@@ -70,6 +70,11 @@ Size = Annotated[str | None, typer.Option("--size", help="For gguf: most bytes o
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bpw", min=0.1, max=32, help="For gguf: most bits per weight, embeddings included.")
 ]
+Fit = Annotated[
+    str | None, typer.Option("--fit", metavar="SIZE", help="For gguf: memory that the model has to run in, e.g. 8GB.")
+]
+FitContext = Annotated[int | None, typer.Option("--context", min=1, help="With --fit: tokens of the KV cache.")]
+FitKV = Annotated[str, typer.Option("--kv", metavar="TYPE", help="With --fit: KV cache, f16, q8_0, q4_0, ...")]
 Types = Annotated[
     str | None, typer.Option("--types", metavar="T1,T2,...", help="For gguf: choose among these types only.")
 ]
@@ -90,14 +95,16 @@ MeasureChunks = Annotated[
 Device = Annotated[str, typer.Option("--device", help="Where calibration runs: cpu, cuda or auto.")]
 
 
-def budget_of(size: str | None, bpw: float | None, types: str | None) -> Budget | None:
+def budget_of(
+    size: str | None, bpw: float | None, fit: str | None, context: int | None, kv: str, types: str | None
+) -> Budget | None:
     """The budget from the options above, if there is one."""
-    if size is None and bpw is None:
-        if types:
-            raise FewbitsError("--types without a budget.", "Pass --size or --bpw, too.")
+    if size is None and bpw is None and fit is None:
+        if types or context or kv != "f16":
+            raise FewbitsError("--types, --context and --kv without a budget.", "Pass --size, --bpw or --fit, too.")
         return None
     names = tuple(name.strip() for name in types.split(",") if name.strip()) if types else ()
-    return Budget(parse_size(size) if size else None, bpw, names)
+    return Budget(parse_size(size) if size else None, bpw, parse_size(fit) if fit else None, context, kv, names)
 
 
 def mixture_options(

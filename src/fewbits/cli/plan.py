@@ -35,6 +35,9 @@ def command(
     hessians: o.Hessians = None,
     size: o.Size = None,
     bpw: o.BitsPerWeight = None,
+    fit: o.Fit = None,
+    context: o.FitContext = None,
+    kv: o.FitKV = "f16",
     types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
@@ -60,7 +63,7 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
-            budget=o.budget_of(size, bpw, types),
+            budget=o.budget_of(size, bpw, fit, context, kv, types),
             progress=progress,
         )
     if output is not None:

@@ -34,6 +34,9 @@ def command(
     hessians: o.Hessians = None,
     size: o.Size = None,
     bpw: o.BitsPerWeight = None,
+    fit: o.Fit = None,
+    context: o.FitContext = None,
+    kv: o.FitKV = "f16",
     types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
@@ -52,7 +55,7 @@ def command(
     mixture = o.mixture_options(
         tensor_type, output_tensor_type, token_embedding_type, pure, leave_output_tensor, no_fallback
     )
-    budget = o.budget_of(size, bpw, types)
+    budget = o.budget_of(size, bpw, fit, context, kv, types)
     split = parse_size(split_max_size) if split_max_size else None
     if dry_run:
         made = api.plan(

@@ -220,9 +220,10 @@ class StreamedModel:
         """Take windows through a block for those who observe its modules; the results are dropped.
 
         Args:
-            batches: only the first so many; None means all.
+            batches: at most so many, evenly spread; None means all.
         """
-        for batch in stream.batches[:batches]:
+        step = max(1, len(stream.batches) // batches) if batches else 1
+        for batch in stream.batches[::step][:batches]:
             args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
             block(stream.hidden[batch].to(device), *args, **kwargs)
 

@@ -15,7 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fewbits.checkpoint.gguf import GGML_TYPES
 from fewbits.errors import FewbitsError
+
+FLASH_ATTENTION_ON = 1
+"""llama_flash_attn_type of llama.h."""
 
 
 class LlamaCppLogits:
@@ -26,12 +30,15 @@ class LlamaCppLogits:
         inputs: token ids [n_windows, context].
         first: first scored position.
         threads: of the engine.
+        kv: type of the KV cache, e.g. `q8_0`; None for llama.cpp's own choice, f16.
 
     Raises:
         FewbitsError: llama-cpp-python is not installed, or llama.cpp cannot load the file or refuses a window.
     """
 
-    def __init__(self, path: Path, inputs: npt.NDArray[np.int64], first: int, threads: int) -> None:
+    def __init__(
+        self, path: Path, inputs: npt.NDArray[np.int64], first: int, threads: int, kv: str | None = None
+    ) -> None:
         self.api = _binding()
         self.path, self.inputs, self.first = path, inputs, first
         self.current = -1
@@ -46,9 +53,14 @@ class LlamaCppLogits:
         params.n_ctx = params.n_batch = n_context
         params.n_ubatch = min(512, n_context)
         params.n_threads = params.n_threads_batch = threads
+        if kv is not None:
+            params.type_k = params.type_v = GGML_TYPES[kv.upper()]
+            # quantized values are read by flash attention only
+            params.flash_attn_type = FLASH_ATTENTION_ON
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
-            raise FewbitsError(f"{path}: llama.cpp cannot make a context of {n_context} tokens.")
+            cache = f" with a KV cache of {kv}" if kv else ""
+            raise FewbitsError(f"{path}: llama.cpp cannot make a context of {n_context} tokens{cache}.")
         self.batch = api.llama_batch_init(n_context, 0, 1)
 
     def _model_params(self) -> Any:

@@ -12,7 +12,7 @@ naive standard error, which llama-perplexity prints, stands beside them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import exp, sqrt
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class StateLogits:
 
 @dataclass(frozen=True)
 class Positions:
-    """What is known of each scored position, all arrays [n_windows, scored]; the last four only against a reference.
+    """What is known of each scored position, arrays [n_windows, scored]; all but the first only against a reference.
 
     Attributes:
         nll: -ln q(t).
@@ -66,6 +66,8 @@ class Positions:
         kl: KL divergence in nats.
         same_top: 1 where both models favour the same token, else 0.
         delta_p: q(t) - p(t).
+        confidence: the highest p, and `reference_top` the token that has it.
+        top_p: the highest q, and `top` the token that has it.
     """
 
     nll: Array
@@ -73,6 +75,10 @@ class Positions:
     kl: Array | None = None
     same_top: Array | None = None
     delta_p: Array | None = None
+    confidence: Array | None = None
+    reference_top: Array | None = None
+    top_p: Array | None = None
+    top: Array | None = None
 
 
 def score(
@@ -89,7 +95,7 @@ def score(
     """
     n_vocab = source.n_vocab if reference is None else min(source.n_vocab, reference.n_vocab)
     step = max(1, SLICE_VALUES // n_vocab)
-    names = ("nll",) if reference is None else ("nll", "reference_nll", "kl", "same_top", "delta_p")
+    names = [field.name for field in fields(Positions)][: 1 if reference is None else None]
     found = {name: np.empty(targets.shape) for name in names}
     n_windows, scored = targets.shape
     for window in range(n_windows):
@@ -104,13 +110,18 @@ def score(
             log_p = torch.log_softmax(reference.logits(window, part.start, part.stop)[:, :n_vocab], -1)
             reference_nll = -log_p.gather(1, target)[:, 0].double()
             found["reference_nll"][window, part] = reference_nll.numpy()
-            found["same_top"][window, part] = (log_q.argmax(-1) == log_p.argmax(-1)).double().numpy()
+            for log, probability, token in ((log_p, "confidence", "reference_top"), (log_q, "top_p", "top")):
+                highest, at = log.max(-1)
+                found[probability][window, part] = highest.double().exp().numpy()
+                found[token][window, part] = at.numpy()
             found["delta_p"][window, part] = ((-nll).exp() - (-reference_nll).exp()).numpy()
             difference = log_p - log_q
             # terms of exactly equal logits vanish, so a model against itself gives 0, not rounding noise
             found["kl"][window, part] = log_p.exp_().mul_(difference).sum(-1).double().numpy()
         if progress:
             progress(window + 1, n_windows, "windows scored")
+    if reference is not None:
+        found["same_top"] = (found["top"] == found["reference_top"]).astype(np.float64)
     return Positions(**found)
 
 

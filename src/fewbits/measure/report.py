@@ -50,6 +50,7 @@ class MeasureReport(_Record):
     Attributes:
         model: path; `reference` likewise, None where only perplexity was asked for.
         engine: `torch` (float32 arithmetic) or `llama.cpp`; the reference always runs in torch.
+        kv: type of the measured model's KV cache, None for the engine's own.
         comparison: against the reference.
         noise_floor: the reference with weights, residual stream and head input rounded to bfloat16, against itself:
             a divergence below this is not distinguishable from how the reference is run.
@@ -62,6 +63,7 @@ class MeasureReport(_Record):
     reference: str | None
     engine: str
     engine_version: str
+    kv: str | None = None
     tool_version: str
     convention: RulerUsed
     text: TextUsed
@@ -103,8 +105,14 @@ class MeasureReport(_Record):
         """One sentence that says what the figures are."""
         return (
             f"{self.convention.name} convention ({self.convention.description}): {self.n_windows} windows, "
-            f"{self.n_scored} positions scored, in {self.engine}; intervals are 95 %, from the means of windows."
+            f"{self.n_scored} positions scored, in {self.engine}{self._cache()}; intervals are 95 %, from the means of "
+            "windows."
         )
+
+    def _cache(self) -> str:
+        if self.kv is None:
+            return ""
+        return f" with a KV cache of {self.kv}" + (" (simulated)" if self.engine == "torch" else "")
 
 
 def _shown(value: Estimate, style: str, scale: float = 1.0) -> tuple[str, str]:

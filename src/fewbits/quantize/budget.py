@@ -12,6 +12,7 @@ from fewbits.codecs import codec
 from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import padded
+from fewbits.memory import memory
 from fewbits.plan import Plan, PlannedFile, PlannedTensor, default_method, tensor_type
 from fewbits.plan.budget import Option, Spent, spend
 from fewbits.plan.presets import FLOAT_TYPES
@@ -32,21 +33,55 @@ SHORT_ROWS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a file may take; one of the two is given.
+    """How much a file may take: exactly one of the first three is given.
 
     Attributes:
         size: most bytes of all files together.
         bpw: most bits per weight over all tensors, embeddings included.
+        fit: bytes of memory that the model has to run in, in llama.cpp, as a whole on one device.
+        context: for `fit`: tokens of the KV cache; None means the engine's default.
+        kv: for `fit`: type of the KV cache.
         types: only these; empty for all that are worth having.
     """
 
     size: int | None = None
     bpw: float | None = None
+    fit: int | None = None
+    context: int | None = None
+    kv: str = "f16"
     types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.size is None) == (self.bpw is None):
-            raise FewbitsError("A budget is either a size or a number of bits per weight.", "Pass --size or --bpw.")
+        if sum(given is not None for given in (self.size, self.bpw, self.fit)) != 1:
+            raise FewbitsError(
+                "A budget is either a size, a number of bits per weight, or memory to fit into.",
+                "Pass one of --size, --bpw and --fit.",
+            )
+        if self.fit is None and (self.context is not None or self.kv != "f16"):
+            raise FewbitsError(
+                "A context and a type of KV cache say nothing without memory to fit into.", "Pass --fit."
+            )
+
+    def as_size(self, model: str | Path) -> Budget:
+        """The budget with what else is kept in memory taken off.
+
+        The embeddings count, too, though llama.cpp leaves them in RAM where the head has a matrix of its own.
+
+        Raises:
+            FewbitsError: nothing is left for weights, or the model's needs are not known.
+        """
+        if self.fit is None:
+            return self
+        needs = memory(model, target="Q4_K_M", context=self.context, kv=self.kv)
+        device = needs.device("GPU")
+        assert device is not None  # where no hardware is named, all layers are on a GPU
+        rest = device.needed - device.weights
+        if rest >= self.fit:
+            raise FewbitsError(
+                f"{model}: KV cache, buffers and margin alone take {rest} bytes at a context of {needs.context}.",
+                "Take a shorter --context, or --kv q8_0.",
+            )
+        return Budget(size=self.fit - rest, types=self.types)
 
     def bytes_for_tensors(self, skeleton: Plan, overhead: int) -> int:
         """What the tensors may take together, padding included."""

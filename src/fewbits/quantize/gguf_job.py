@@ -73,12 +73,15 @@ class GGUFJob:
         if budget is not None and not free:
             raise FewbitsError(f"{target}: a budget is for the target gguf.", "Take gguf, or leave out the budget.")
         if free and (budget is None) == (edited is None):
-            raise FewbitsError("The target gguf needs a budget or a saved plan.", "Pass --size or --bpw, or --plan.")
+            raise FewbitsError(
+                "The target gguf needs a budget or a saved plan.", "Pass --size, --bpw or --fit, or --plan."
+            )
         if hessians and not calibration:
             raise FewbitsError(
                 f"{hessians}: Hessians alone do not choose scales.", "Pass the statistics made with them, too."
             )
         source = gguf_source(open_checkpoint(model), pre_tokenizer)
+        budget = budget.as_size(model) if budget else None
         request = PlanRequest(
             target, mixture or MixtureOptions(), split_max_size, output or default_output(source.path, target), edited
         )

@@ -4,7 +4,7 @@ family allows it."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,9 @@ from fewbits.methods.channel_scales import Scales, round_trip_of
 from fewbits.methods.smoothquant import TOKENS, SmoothReader, smooth
 from fewbits.quantize.folding import Place, places
 
+BATCHES = 6
+"""For AWQ's scales, of 2048 tokens each: one of some ten ratios is chosen by an error over thousands of columns, and
+all windows would take as long as the quantizing."""
 PER_BATCH = 64
 """Tokens of a batch that are kept as samples: of many batches, so that they are of many texts."""
 
@@ -63,6 +66,7 @@ class Rescaling:
         dtype: in which norms will be stored: scales are such that this rounds nothing. None: float32.
         rough: as `BlockRecorder` has it.
         energy_cap: as `BlockRecorder` has it.
+        kinds: stored name -> storage type, of weights that have another.
         found: block and source of each place -> the readers' error as a share of the error without scales.
     """
 
@@ -73,7 +77,13 @@ class Rescaling:
     dtype: torch.dtype | None = None
     rough: bool = False
     energy_cap: float | None = None
+    kinds: Mapping[str, Scaled] = field(default_factory=dict)
     found: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int | None:
+        """How many batches of windows the scales are chosen by; None: all, since largest values are rare."""
+        return BATCHES if self.way == "awq" else None
 
     def __call__(self, block: nn.Module, index: int, run: Callable[[], None]) -> None:
         with torch.no_grad():
@@ -119,7 +129,8 @@ class Rescaling:
                 readers.append(Reader(weight, hessian))
         if not readers:
             return None
-        return choose_scales(readers, place.channel, self.kind.block[1], round_trip_of(self.kind))
+        kind = self._coarsest(place)
+        return choose_scales(readers, place.channel, kind.block[1], round_trip_of(kind))
 
     def _smooth(self, place: Place, inputs: dict[str, tuple[Inputs, int]]) -> Scales | None:
         readers = []
@@ -127,7 +138,12 @@ class Rescaling:
             record, expert = inputs.get(name, (None, 0))
             if isinstance(record, _Sampled):
                 readers.append(SmoothReader(weight, record.tops[expert], torch.cat(record.samples[expert])))
-        return smooth(readers, place.channel, round_trip_of(self.kind)) if readers else None
+        return smooth(readers, place.channel, round_trip_of(self._coarsest(place))) if readers else None
+
+    def _coarsest(self, place: Place) -> Scaled:
+        """The type that a place's scales matter most to: what reads one source may have several."""
+        planned = (name for name in place.targets if name in self.planned)
+        return min((self.kinds.get(name, self.kind) for name in planned), key=lambda kind: kind.bits)
 
 
 def block_prefix(family: arch.Family, index: int, names: Collection[str]) -> str:

@@ -1,0 +1,158 @@
+"""What each matrix of a candidate is stored as, and how far its decoded weights are from the reference's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.checkpoint import GGUFCheckpoint, Model
+from fewbits.codecs import CODECS
+from fewbits.forward.streamed import Progress
+from fewbits.report.schema import TensorRow
+
+Floats = npt.NDArray[np.float32]
+LAYER = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<role>.+)\.weight$")
+EXPERT = re.compile(r"\bexperts\.\d+\.")
+MOVED = 1e-3
+"""A norm whose weights changed by more than this share of the largest has given scales to the matrices behind it."""
+
+
+FIT_ROUNDS = 8
+
+
+@dataclass
+class _Sums:
+    """What is added up over the matrices that share a row: one matrix, or those of all experts."""
+
+    types: list[str] = field(default_factory=list)
+    bits: float = 0.0
+    n_weights: int = 0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    comparable: bool = True
+
+    def row(self, layer: int | None, role: str) -> TensorRow:
+        error = self.squared_error / self.squares if self.comparable and self.squares else None
+        types = "+".join(sorted(set(self.types)))
+        return TensorRow(
+            role=role, layer=layer, type=types, bits=self.bits / self.n_weights, n_weights=self.n_weights, error=error
+        )
+
+
+def tensor_rows(
+    reference: Model, candidate: Model, errors: bool = True, progress: Progress | None = None
+) -> list[TensorRow]:
+    """All matrices of a candidate, layer by layer, one read at a time.
+
+    Where scales of channels were moved between the matrices (see `MovedScales`), they are fitted out first.
+
+    Args:
+        errors: False reads no weights and leaves the errors out.
+    """
+    sums: dict[tuple[int | None, str], _Sums] = {}
+    scales = MovedScales(reference, candidate) if errors else None
+    shared = set(reference.names)
+    names = [name for name in candidate.names if len(candidate.shape(name)) == 2]
+    for done, name in enumerate(names):
+        layer, role = place(name)
+        entry = sums.setdefault((layer, role), _Sums())
+        count = prod(candidate.shape(name))
+        entry.types.append(candidate.dtype(name))
+        entry.bits += stored_bits(candidate, name) * count
+        entry.n_weights += count
+        if scales is None or name not in shared or reference.shape(name) != candidate.shape(name):
+            entry.comparable = False
+        elif entry.comparable:
+            original = reference.read(name)
+            error, squares = _squares(original, scales.undone(name, original, candidate.read(name)))
+            entry.squared_error += error
+            entry.squares += squares
+        if progress:
+            progress(done + 1, len(names), "matrices compared")
+    return [entry.row(layer, role) for (layer, role), entry in sorted(sums.items(), key=_Order(candidate))]
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """The layer number of a tensor, None outside the decoder blocks, and its name without it."""
+    match = LAYER.match(name)
+    if match is None:
+        return None, name.removesuffix(".weight").removeprefix("model.").removeprefix("transformer.")
+    return int(match["layer"]), EXPERT.sub("experts.", match["role"])
+
+
+def stored_bits(model: Model, name: str) -> float:
+    """Bits that the file spends on each weight of a matrix."""
+    if isinstance(model.checkpoint, GGUFCheckpoint):
+        return CODECS[model.dtype(name)].bits_per_weight()
+    info = model.checkpoint.tensors[name]
+    return 8 * info.nbytes / prod(info.shape)
+
+
+class _Order:
+    """Layer by layer in the order of the computation: the embedding first, the head last."""
+
+    def __init__(self, model: Model) -> None:
+        roles = [role.hf.replace("{e}.", "") for role in model.family.block_roles]
+        self.rank = {role: number for number, role in enumerate(roles)}
+
+    def __call__(self, item: tuple[tuple[int | None, str], _Sums]) -> tuple[int, int]:
+        layer, role = item[0]
+        if layer is None:
+            return (-1 if "embed" in role or "wte" in role else 1 << 30), 0
+        return layer, self.rank.get(role, len(self.rank))
+
+
+def _squares(reference: Floats, candidate: Floats) -> tuple[float, float]:
+    """Squared error and the reference's sum of squares; float64 sums of slabs."""
+    error = squares = 0.0
+    for rows in _slabs(reference.shape):
+        error += float(np.square(candidate[rows] - reference[rows]).sum(dtype=np.float64))
+        squares += float(np.square(reference[rows]).sum(dtype=np.float64))
+    return error, squares
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, (1 << 22) // shape[1])
+    yield from (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+class MovedScales:
+    """Scales of channels that AWQ or SmoothQuant moved from one tensor of a block into the next.
+
+    Attributes:
+        found: whether any norm's weights have changed, which plain quantization leaves as they are.
+    """
+
+    def __init__(self, reference: Model, candidate: Model) -> None:
+        pairs = candidate.family.pairs
+        self.columns = {target for pair in pairs for target in pair.targets}
+        self.rows = {pair.source for pair in pairs if "norm" not in pair.source and "ln_" not in pair.source}
+        known = set(reference.names)
+        norms = [name for name in candidate.names if name in known and ("norm" in name or "ln_" in name)]
+        self.found = any(_moved(reference, candidate, name) for name in norms)
+
+    def undone(self, name: str, reference: Floats, candidate: Floats) -> Floats:
+        """The candidate's matrix with scales of rows and columns fitted to the reference, where they may have moved."""
+        match = LAYER.match(name)
+        if not self.found or match is None:
+            return candidate
+        role = EXPERT.sub("experts.{e}.", match["role"])
+        axes = [axis for axis, roles in ((0, self.columns), (1, self.rows)) if role in roles]
+        # where both rows and columns carry scales, each fit disturbs the other: a few rounds settle them
+        for axis in axes * (FIT_ROUNDS if len(axes) > 1 else 1):
+            squares = np.square(candidate).sum(axis, keepdims=True)
+            products = (candidate * reference).sum(axis, keepdims=True)
+            candidate = candidate * (products / np.where(squares == 0, 1, squares))
+        return candidate
+
+
+def _moved(reference: Model, candidate: Model, name: str) -> bool:
+    if len(candidate.shape(name)) != 1 or not name.endswith(".weight"):
+        return False
+    before, after = reference.read(name), candidate.read(name)
+    return before.shape == after.shape and float(np.abs(after - before).max()) > MOVED * float(np.abs(before).max())
