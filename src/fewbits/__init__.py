@@ -9,11 +9,13 @@ from fewbits.errors import FewbitsError
 from fewbits.version import __version__
 
 if TYPE_CHECKING:
+    from fewbits.advise import advise
     from fewbits.api import inspect, open, plan, quantize
     from fewbits.calibration.run import calibrate
     from fewbits.capabilities import capabilities
     from fewbits.compare import compare
     from fewbits.doctor import doctor
+    from fewbits.export import export_ollama
     from fewbits.generate import generate as run
     from fewbits.measure import measure
     from fewbits.memory import memory
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FewbitsError",
     "__version__",
+    "advise",
     "calibrate",
     "capabilities",
     "compare",
     "doctor",
+    "export_ollama",
     "inspect",
     "measure",
     "memory",
@@ -37,10 +41,12 @@ __all__ = [
 # torch and transformers take seconds to import: a verb pays only for what it uses
 _VERBS = {
     **{name: ("fewbits.api", name) for name in ("inspect", "open", "plan", "quantize")},
+    "advise": ("fewbits.advise", "advise"),
     "calibrate": ("fewbits.calibration.run", "calibrate"),
     "capabilities": ("fewbits.capabilities", "capabilities"),
     "compare": ("fewbits.compare", "compare"),
     "doctor": ("fewbits.doctor", "doctor"),
+    "export_ollama": ("fewbits.export", "export_ollama"),
     "measure": ("fewbits.measure", "measure"),
     "memory": ("fewbits.memory", "memory"),
     "run": ("fewbits.generate", "generate"),

@@ -8,7 +8,22 @@ import sys
 
 import typer
 
-from fewbits.cli import calibrate, compare, convert, demo, doctor, inspect, listing, measure, memory, plan, quantize, run
+from fewbits.cli import (
+    advise,
+    calibrate,
+    compare,
+    convert,
+    demo,
+    doctor,
+    export,
+    inspect,
+    listing,
+    measure,
+    memory,
+    plan,
+    quantize,
+    run,
+)
 from fewbits.cli.output import talk
 from fewbits.errors import FewbitsError
 from fewbits.version import __version__
@@ -20,7 +35,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quantize, plan, memory, calibrate, convert, measure, compare, inspect, run, listing, doctor, demo):
+VERBS = (
+    *(advise, memory, plan, quantize, calibrate, convert, measure, compare),
+    *(export, inspect, run, listing, doctor, demo),
+)
+for verb in VERBS:
     app.command(verb.NAME)(verb.command)
 
 

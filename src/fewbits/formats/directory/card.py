@@ -99,6 +99,7 @@ class CardFacts:
         size_before: bytes of the source's tensors; `size_after` likewise.
         kept: which tensors stayed unquantized, in a phrase.
         library: that loads the directory, by the hub's name.
+        made_here: whether fewbits made it; if not, method and command are not known and not told.
     """
 
     target: str
@@ -115,6 +116,7 @@ class CardFacts:
     measured: Measured | None = None
     snippets: Sequence[Snippet] = ()
     notes: Sequence[str] = ()
+    made_here: bool = True
 
 
 def origin_of(model: Model) -> Origin:
