@@ -317,6 +317,7 @@ def section(engine: Engine, python: Path, rows: list[Row]) -> str:
         "computed in",
         "kernel",
         "relative difference",
+        "of rounding",
         "KL",
         "same top",
         f'"{PROMPT}"',
