@@ -118,7 +118,7 @@ def test_short_rows_have_types_that_fit(tmp_path: Path) -> None:
     [
         ("gguf", None, "needs a budget or a saved plan"),
         ("Q4_K_M", {"size": 10**6}, "for the target gguf"),
-        ("gptq:w4g64", {"size": 10**6}, "GGUF targets only"),
+        ("gptq:w4g64", {"size": 10**6}, "without bits in their name"),
         ("gguf", {"size": 10**4}, "smallest mixture"),
         ("gguf", {"bpw": 0.5}, "smallest mixture"),
         ("gguf", {"bpw": 4.0, "types": ("Q9_K",)}, "Unknown type"),

@@ -144,7 +144,8 @@ def plan(
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
         method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
         keep: regular expressions of linears that a directory keeps unquantized.
-        budget: for the target `gguf`: how much the file may take; types are chosen freely.
+        budget: for the target `gguf`, or a directory's without bits in its name (`gptq:g128`): how much the files may
+            take; types are chosen freely.
         threads: for a budget; None takes every core.
         progress: for a budget; called with (done, all, what).
 
@@ -152,9 +153,10 @@ def plan(
         FewbitsError: anything that would keep `quantize` from making the files.
     """
     if is_directory_target(target):
-        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians, budget)
-        job = DirectoryJob.of(source, target, method, keep, split_max_size, _paths(calibration), calibration_chunks)
-        return job.plan
+        _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
+        saved = Path(edited) if edited else None
+        options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, "cpu", budget, saved)
+        return DirectoryJob.of(source, target, *options).spent(threads, progress).plan
     _refuse_directory_options(target, method, keep)
     return GGUFJob.of(
         source,
@@ -212,14 +214,15 @@ def quantize(
         FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
     """
     if is_directory_target(target):
-        _refuse_gguf_options(target, mixture, edited, pre_tokenizer, hessians, budget)
+        _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
         _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
         check_directory_output(Path(output), overwrite, Path(source))
-        texts = _paths(calibration)
-        job = DirectoryJob.of(source, target, method, keep, split_max_size, texts, calibration_chunks, device)
+        saved = Path(edited) if edited else None
+        options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
+        job = DirectoryJob.of(source, target, *options)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.execute(Path(output), threads, overwrite, progress)
+        report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
@@ -254,15 +257,13 @@ def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
 def _refuse_gguf_options(
     target: str,
     mixture: MixtureOptions | None,
-    edited: str | Path | None,
     pre_tokenizer: str | None,
     hessians: str | Path | None,
-    budget: Budget | None,
 ) -> None:
     changed = mixture is not None and mixture != MixtureOptions(tensor_types=mixture.tensor_types)
     single = changed or (mixture is not None and bool(mixture.tensor_types))
-    unused: dict[str, object] = {"types of single tensors": single, "--plan": edited}
-    unused |= {"--pre-tokenizer": pre_tokenizer, "--hessians": hessians, "a budget": budget}
+    unused: dict[str, object] = {"types of single tensors": single}
+    unused |= {"--pre-tokenizer": pre_tokenizer, "--hessians": hessians}
     for what, given in unused.items():
         if given:
             raise FewbitsError(f"{target}: {what} can be chosen for GGUF targets only.", "Leave it out.")

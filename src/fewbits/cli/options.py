@@ -66,17 +66,20 @@ Hessians = Annotated[
     ),
 ]
 
-Size = Annotated[str | None, typer.Option("--size", help="For gguf: most bytes of the file, e.g. 6.5GB.")]
+Size = Annotated[
+    str | None, typer.Option("--size", help="For gguf, gptq:g64, ct:a16g128, hqq:g64, ...: most bytes, e.g. 6.5GB.")
+]
 BitsPerWeight = Annotated[
-    float | None, typer.Option("--bpw", min=0.1, max=32, help="For gguf: most bits per weight, embeddings included.")
+    float | None, typer.Option("--bpw", min=0.1, max=32, help="Likewise: most bits per weight; gguf counts embeddings.")
 ]
 Fit = Annotated[
-    str | None, typer.Option("--fit", metavar="SIZE", help="For gguf: memory that the model has to run in, e.g. 8GB.")
+    str | None, typer.Option("--fit", metavar="SIZE", help="Likewise: memory that the model has to run in, e.g. 8GB.")
 ]
 FitContext = Annotated[int | None, typer.Option("--context", min=1, help="With --fit: tokens of the KV cache.")]
 FitKV = Annotated[str, typer.Option("--kv", metavar="TYPE", help="With --fit: KV cache, f16, q8_0, q4_0, ...")]
 Types = Annotated[
-    str | None, typer.Option("--types", metavar="T1,T2,...", help="For gguf: choose among these types only.")
+    str | None,
+    typer.Option("--types", metavar="T1,T2,...", help="Likewise: choose among these only (Q4_K,... or w4,w8)."),
 ]
 
 Method = Annotated[

@@ -5,6 +5,7 @@ A layout knows no files: formats write what it packs, and checkpoints read with 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs.scaled import Quantized, Scaled
+from fewbits.errors import FewbitsError
 
 LAYOUTS: dict[str, type[Layout]] = {}
 """By name of the ecosystem, which begins a target: `gptq` in `gptq:w4g128`."""
 Arrays = Mapping[str, npt.NDArray[Any]]
 """By suffix to the module's name. BF16 comes as uint16 and 8-bit floats as uint8: numpy has neither."""
+Others = tuple[tuple["Layout", tuple[str, ...]], ...]
+"""Modules in another layout than the rest of a checkpoint: a layout, and modules that engines fuse into one."""
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -54,6 +58,12 @@ class Layout(ABC):
     """Whether its markers alone tell this layout from all others, without a `quantization_config`."""
     described_by: ClassVar[tuple[str, ...]] = ()
     """Suffixes of small parts whose values, and not shapes alone, say what a module is."""
+    open_specs: ClassVar[str] = ""
+    """Regular expression of targets that leave the bits open (`g64`), where modules of one checkpoint may differ."""
+    widths: ClassVar[tuple[int, ...]] = ()
+    """The bits that such a target chooses among."""
+    rare_widths: ClassVar[tuple[int, ...]] = ()
+    """Those of them that few engines take: chosen where they are asked for by name."""
     type: Scaled
 
     @property
@@ -85,6 +95,23 @@ class Layout(ABC):
         Raises:
             FewbitsError: it is not known; the message lists what is.
         """
+
+    @classmethod
+    def members(cls, spec: str) -> dict[int, Layout]:
+        """By bits, the layouts among which a target chooses that leaves them open; of other targets, none.
+
+        Args:
+            spec: what the target names after the colon, e.g. `g64`.
+
+        Raises:
+            FewbitsError: it is of this kind and names what there is not.
+        """
+        if not cls.open_specs or not re.fullmatch(cls.open_specs, spec):
+            return {}
+        try:
+            return {bits: cls.from_spec(f"w{bits}{spec}") for bits in cls.widths}
+        except FewbitsError as error:
+            raise FewbitsError(f"Unknown target '{cls.name}:{spec}'.", error.hint) from None
 
     @classmethod
     @abstractmethod
@@ -171,6 +198,10 @@ class Layout(ABC):
 
     def for_floats(self, dtype: str) -> Layout:
         """This layout in a directory whose other tensors are `F16`, `BF16` or `F32`, where it takes note of that."""
+        return self
+
+    def beside(self, others: Others) -> Layout:
+        """This layout in a checkpoint some of whose modules have another, where its configuration tells of that."""
         return self
 
     def extra_files(self, kept: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,10 @@ float-quantized): `weight` int8 or E4M3 and `weight_scale` [1], [out, 1] or a nu
 `weight_packed` uint8 [out, in / 2], the even input in the low nibble, `weight_scale` E4M3 [out, in / 16] with
 `weight_global_scale` float32 [1] that divides it (NVFP4), or E8M0 exponents uint8 [out, in / 32] (MXFP4).
 Scales of activations that are kept: `input_scale` [1]; NVFP4's `input_global_scale` float32 [1].
+
+Modules may have schemes of their own: each of `config_groups` names its modules, and a name goes before the class
+`Linear` (compressed-tensors 0.20 `match_targets`; vLLM 0.32 `find_matched_target`, where all parts of a fused module
+must be named in one scheme).
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from fewbits.codecs.packing import (
 from fewbits.codecs.scaled import Codes, Quantized, Scaled
 from fewbits.codecs.scaled_levels import E4M3, ladder
 from fewbits.errors import FewbitsError
-from fewbits.layouts.base import Arrays, Layout, Part
+from fewbits.layouts.base import Arrays, Layout, Others, Part
 from fewbits.layouts.values import (
     DAMAGED,
     GROUPS,
@@ -100,6 +104,7 @@ class CompressedTensors(Layout):
         inputs: how engines quantize activations; a key of `INPUTS`.
         format: name of the packing in the configuration.
         others: further schemes of the same checkpoint.
+        named: modules of the same checkpoint with another scheme, for the configuration.
     """
 
     name: ClassVar[str] = "ct"
@@ -107,11 +112,15 @@ class CompressedTensors(Layout):
     markers: ClassVar[tuple[str, ...]] = (".weight_packed", ".weight_scale")
     described_by: ClassVar[tuple[str, ...]] = (".weight_shape",)
     min_zero: ClassVar[int] = 0
+    open_specs: ClassVar[str] = r"a16(g\d+)?(-asym)?"
+    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    rare_widths: ClassVar[tuple[int, ...]] = (2, 3)
 
     type: Scaled
     inputs: Inputs = "float"
     format: str = "pack-quantized"
     others: tuple[CompressedTensors, ...] = ()
+    named: Others = ()
 
     @property
     def engine_dtype(self) -> str:
@@ -330,23 +339,32 @@ class CompressedTensors(Layout):
             return stored.astype(np.float32) + np.float32(1 << (self.type.bits - 1))
         return unpack_rows(stored, self.type.bits, shape[0]).astype(np.float32)
 
+    def beside(self, others: Others) -> CompressedTensors:
+        return replace(self, named=others)
+
     def config(self, kept: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, Any]:
-        inputs = INPUTS[self.inputs]
-        scheme = {
-            "targets": ["Linear"],
-            "weights": self._weights(),
-            "input_activations": None if inputs is None else {"symmetric": True, **inputs},
-            "output_activations": None,
-            "format": self.format,
-        }
+        modules: dict[CompressedTensors, list[str]] = {self: ["Linear"]}
+        for other, names in self.named:
+            assert isinstance(other, CompressedTensors)
+            modules.setdefault(other, []).extend(names)
         return {
             "quant_method": "compressed-tensors",
             "format": self.format,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme},
+            "config_groups": {f"group_{n}": one._scheme(targets) for n, (one, targets) in enumerate(modules.items())},
             "ignore": list(kept),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
+        }
+
+    def _scheme(self, targets: list[str]) -> dict[str, Any]:
+        inputs = INPUTS[self.inputs]
+        return {
+            "targets": targets,
+            "weights": self._weights(),
+            "input_activations": None if inputs is None else {"symmetric": True, **inputs},
+            "output_activations": None,
+            "format": self.format,
         }
 
     def _weights(self) -> dict[str, Any]:

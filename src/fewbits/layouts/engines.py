@@ -42,7 +42,9 @@ ENGINE_FACTS = (
         GPTQMODEL, "CPU", r"gptq:w\d+g-1.*", "refuses", "2026-11", "its CPU kernel takes groups of 32 to 256 only"
     ),
     EngineFact(GPTQMODEL, "CPU", r"awq:.*", "runs", "2026-11"),
-    EngineFact(GPTQMODEL, "CUDA", r"(gptq|awq):.*", "should run", "2026-11"),
+    EngineFact(GPTQMODEL, "CUDA", r"(gptq:w|awq:).*", "should run", "2026-11"),
+    EngineFact("gptqmodel 7.7", "CPU", r"gptq:g(32|64|128).*", "runs", "2026-11-21", "GPTQModel.load"),
+    EngineFact(GPTQMODEL, "CPU, CUDA", r"gptq:g.*", "refuses", "2026-11", "gives all layers the same bits"),
     EngineFact(VLLM, "CPU", r"gptq:w4g(32|64|128|-1)(-v2)?", "runs", "2026-11-21"),
     EngineFact(VLLM, "CPU", r"gptq:w[238].*", "refuses", "2026-11", "no CPU kernel for these bits"),
     EngineFact(VLLM, "CPU, CUDA", r"gptq:.*-asym.*", "refuses", "2026-11", "zero points were dropped upstream"),

@@ -3,6 +3,11 @@
 A module of in = K, out = N and G groups has `qweight` int32 [K*b/32, N], a dense stream of codes along the inputs;
 `qzeros` int32 [G, N*b/32], a stream along the outputs; `scales` float16 [G, N]; `g_idx` int32 [K], the group of each
 input. weight[n, k] = scales[g_idx[k], n] * (code - zero). The first version of the format stores zero - 1.
+
+Modules may have bits of their own: `dynamic` in the configuration maps a regular expression to what differs from the
+rest (GPTQModel 7.7 `QuantizeConfig.dynamic`, vLLM 0.32 `get_dynamic_override`: both match from the beginning of a name,
+the first rule wins). vLLM looks up the name of the fused module only (`qkv_proj`, `gate_up_proj`, `experts`), GPTQModel
+those of its parts, so a rule matches all of them. transformers' loader (optimum 2.3) does not read `dynamic`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import numpy.typing as npt
 from fewbits.codecs.packing import pack_columns, pack_rows, unpack_columns, words_for
 from fewbits.codecs.scaled import Codes, Quantized, Scaled
 from fewbits.errors import FewbitsError
-from fewbits.layouts.base import Arrays, Layout, Part
+from fewbits.layouts.base import Arrays, Layout, Others, Part
 from fewbits.layouts.values import (
     GROUPS,
     compare,
@@ -34,6 +39,15 @@ from fewbits.layouts.values import (
 from fewbits.version import __version__
 
 BITS = (2, 3, 4, 8)
+FUSED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+"""What engines call the modules that they fuse these into."""
+STORED_KEYS = ("bits", "group_size", "sym", "desc_act", "pack_dtype", "format")
+"""Keys of `dynamic` that shape what is stored."""
+MAKING_KEYS = (
+    *("mse", "damp_percent", "damp_auto_increment", "static_groups", "act_group_aware", "fallback", "hessian"),
+    *("gptaq", "foem", "smoother", "smooth"),
+)
+"""Those that say only how codes were chosen."""
 _SPEC = re.compile(r"w(\d+)g(-1|\d+)((?:-(?:asym|actorder|v2))*)")
 
 
@@ -44,16 +58,20 @@ class GPTQ(Layout):
     Attributes:
         act_order: groups are made of inputs in order of their importance, so `g_idx` is no plain ramp.
         v2: zeros are stored as they are (`checkpoint_format: gptq_v2`), not less one.
+        others: modules of the same checkpoint with other bits, for the configuration.
     """
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
     markers: ClassVar[tuple[str, ...]] = (".qweight",)
     float_dtype: ClassVar[str] = "F16"
+    open_specs: ClassVar[str] = r"g(-1|\d+)(-(asym|actorder|v2))*"
+    widths: ClassVar[tuple[int, ...]] = BITS
 
     type: Scaled
     act_order: bool = False
     v2: bool = False
+    others: Others = ()
 
     @classmethod
     def examples(cls) -> Mapping[str, str]:
@@ -89,6 +107,7 @@ class GPTQ(Layout):
                 f"quantization_config: GPTQ of {bits} bits, group_size {group}, format {kind!r} cannot be read.",
                 f"Known are {', '.join(map(str, BITS))} bits in the formats gptq and gptq_v2.",
             )
+        _check_dynamic(config.get("dynamic"))
         symmetric = config.get("sym", True) is not False
         return cls(integers(bits, group, symmetric, "F16"), bool(config.get("desc_act", False)), kind == "gptq_v2")
 
@@ -194,12 +213,16 @@ class GPTQ(Layout):
     def identify(self, parts: Mapping[str, Part], values: Arrays) -> tuple[GPTQ, tuple[int, int]]:
         """GPTQModel's `dynamic` may give a module other bits and groups than the rest: its own parts tell them."""
         layout = self
+        words, rows = get(parts, ".qweight").shape
+        groups = max(1, get(parts, ".scales").shape[0])
         if ".g_idx" in parts:
-            columns = max(1, get(parts, ".g_idx", 1).shape[0])
-            words, groups = get(parts, ".qweight").shape[0], max(1, get(parts, ".scales").shape[0])
-            bits, group = words * 32 // columns, -1 if groups == 1 and self.group == -1 else columns // groups
-            if bits in BITS and group != 0:
-                layout = replace(self, type=integers(bits, group, self.type.zero == "middle", "F16"))
+            bits = words * 32 // max(1, get(parts, ".g_idx", 1).shape[0])
+        else:
+            bits = get(parts, ".qzeros").shape[1] * 32 // max(1, rows)
+        columns = words * 32 // max(1, bits)
+        group = -1 if groups == 1 and self.group == -1 else columns // groups
+        if bits in BITS and group != 0:
+            layout = replace(self, type=integers(bits, group, self.type.zero == "middle", "F16"))
         return layout, layout.shape_of(parts)
 
     def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -223,6 +246,10 @@ class GPTQ(Layout):
         """
         kind = "gptq_v2" if self.v2 else "gptq"
         inside = [name for name in kept if name != "lm_head"]
+        dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in inside}
+        for other, names in self.others:
+            assert isinstance(other, GPTQ)
+            dynamic[f"+:{_pattern(names)}"] = {"bits": other.type.bits, "group_size": other.group}
         return {
             "quant_method": "gptq",
             "method": "gptq",
@@ -234,10 +261,50 @@ class GPTQ(Layout):
             "format": kind,
             "pack_dtype": "int32",
             "lm_head": False,
-            **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {}),
+            **({"dynamic": dynamic} if dynamic else {}),
             **({"modules_in_block_to_quantize": [list(quantized)]} if inside and quantized else {}),
             "meta": {"quantizer": [f"fewbits:{__version__}"]},
         }
 
+    def beside(self, others: Others) -> GPTQ:
+        return replace(self, others=others)
+
     def extra_files(self, kept: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": self.config(kept)}
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """A regular expression of modules that engines fuse into one, and of what they call that."""
+    experts = re.match(r"(.*\.experts)\.\d+\.", names[0])
+    if experts:
+        return rf"^{re.escape(experts[1])}(\.|$)"
+    ends = [name.rpartition(".")[2] for name in names]
+    fused = next((whole for parts, whole in FUSED_NAMES.items() if set(ends) <= set(parts) and len(ends) > 1), None)
+    prefix = re.escape(names[0].removesuffix(ends[0]))
+    every = "|".join(re.escape(end) for end in [*ends, *([fused] if fused else [])])
+    return f"^{prefix}({every})$" if len(ends) > 1 else f"^{prefix}{every}$"
+
+
+def _check_dynamic(dynamic: Any) -> None:
+    """Refuse rules that make modules something that their own tensors do not tell.
+
+    Bits and groups need no look-up by name: see `GPTQ.identify`. Zero points are read whatever `sym` says, and groups
+    in any order whatever `desc_act` says.
+
+    Raises:
+        FewbitsError: a key that is not known, or another packing.
+    """
+    if dynamic is None:
+        return
+    if not isinstance(dynamic, dict) or not all(isinstance(rule, dict) for rule in dynamic.values()):
+        raise FewbitsError("quantization_config: dynamic is no table of rules.", "Mend config.json.")
+    for pattern, rule in dynamic.items():
+        known = {"pack_dtype": ("int32",), "format": ("gptq", "gptq_v2"), "bits": BITS}
+        wrong = [key for key in rule if key not in (*STORED_KEYS, *MAKING_KEYS)]
+        wrong += [key for key, values in known.items() if rule.get(key, values[0]) not in values]
+        if wrong:
+            raise FewbitsError(
+                f"quantization_config: the dynamic rule {pattern!r} sets {wrong[0]!r} to {rule[wrong[0]]!r}, which "
+                "cannot be read.",
+                "Start from the unquantized model.",
+            )

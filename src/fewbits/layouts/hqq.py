@@ -9,7 +9,9 @@ packed along the first axis, which lays a whole half, quarter or eighth of the r
 
 hqq's loader of whole directories reads pickled files only, and transformers dropped HQQ with version 5. A model is
 filled from safetensors by putting `HQQLinear(None, None, dtype, "cpu")` in the place of each linear and calling
-`model.load_state_dict`.
+`model.load_state_dict`. Each module tells its own settings, so bits may differ from one to the next; the configuration
+says what most have. transformers 4 read such checkpoints module by module, too (`quantizer_hqq.py`); only when
+quantizing itself did its `HqqConfig(dynamic_config=...)` go by the last two parts of a name, the same in all blocks.
 """
 
 from __future__ import annotations
@@ -60,6 +62,9 @@ class HQQ(Layout):
     described_by: ClassVar[tuple[str, ...]] = tuple(
         f".{key}" for key in ("shape", "nbits", "group_size", "axis", "packing", "quant_scale", "quant_zero")
     )
+
+    open_specs: ClassVar[str] = r"g\d{1,4}(-axis0)?"
+    widths: ClassVar[tuple[int, ...]] = BITS
 
     type: Scaled
     dtype: str = "F16"

@@ -1,17 +1,21 @@
-"""Plans of model directories: every linear of the decoder blocks in one storage type, everything else as it is."""
+"""Plans of model directories: linears of the decoder blocks in few bits, everything else as it is.
+
+A target names one storage type for all of them (`gptq:w4g128`) or leaves the bits open (`gptq:g128`): then each set of
+linears that engines fuse may have bits of its own.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from fewbits import arch
 from fewbits.errors import FewbitsError
 from fewbits.layouts import LAYOUTS, Layout
-from fewbits.plan.schema import PlannedTensor
+from fewbits.plan.schema import Plan, PlannedTensor
 
 CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant")
 """Methods that look at what text makes of a model."""
@@ -23,12 +27,57 @@ class Target:
 
     Attributes:
         name: e.g. `gptq:w4g128`.
+        layout: of every quantized linear; of an open target, what its members have in common.
         method: of the weights.
+        members: of an open target, the layouts to choose among, fewest bits first.
     """
 
     name: str
     layout: Layout
     method: str
+    members: tuple[Layout, ...] = ()
+
+    @property
+    def open(self) -> bool:
+        """Whether the bits are still to be chosen."""
+        return bool(self.members)
+
+    def layout_of(self, storage: str) -> Layout:
+        """The layout of a storage type, as planned tensors name it.
+
+        Raises:
+            FewbitsError: this target has no such type.
+        """
+        for layout in (self.layout, *self.members):
+            if layout.type.name == storage:
+                return layout
+        known = ", ".join(dict.fromkeys(layout.type.name for layout in (self.members or (self.layout,))))
+        raise FewbitsError(f"{self.name} has no type {storage!r}.", f"It has {known}.")
+
+    def for_floats(self, dtype: str) -> Target:
+        """This target in a directory whose other tensors are of this type; see `Layout.for_floats`."""
+        members = tuple(layout.for_floats(dtype) for layout in self.members)
+        return replace(self, layout=self.layout.for_floats(dtype), members=members)
+
+    def among(self, types: Sequence[str]) -> Target:
+        """An open target with these types alone: `w4`, `4`, or names such as `INT4_G128`; none for the usual ones.
+
+        Raises:
+            FewbitsError: a type that the target has not.
+        """
+        wanted = [str(name).strip().upper().removeprefix("W") for name in types]
+        rare = self.layout.rare_widths
+        known = {layout: (str(layout.type.bits), layout.type.name) for layout in self.members}
+        for name, asked in zip(types, wanted, strict=True):
+            if not any(asked in names for names in known.values()):
+                every = ", ".join(f"w{layout.type.bits}" for layout in self.members)
+                raise FewbitsError(f"{self.name} has no type {name!r}.", f"Choose among {every}.")
+        members = tuple(
+            layout
+            for layout, names in known.items()
+            if (any(asked in names for asked in wanted) if wanted else layout.type.bits not in rare)
+        )
+        return replace(self, layout=_usual(members), members=members)
 
     @property
     def calibrated(self) -> bool:
@@ -48,21 +97,29 @@ def directory_targets() -> dict[str, str]:
     }
 
 
-def target(name: str, method: str | None, calibrated: bool) -> Target:
+def target(name: str, method: str | None, calibrated: bool, decided: bool = False) -> Target:
     """Find out what a target asks for.
 
     Args:
         name: e.g. `ct:w4a16g128`.
         method: None for what the ecosystem's own tools would do, or what comes nearest without calibration.
         calibrated: whether there is text to calibrate with.
+        decided: whether there is a budget or a saved plan, by which an open target chooses its types.
 
     Raises:
-        FewbitsError: unknown target or method, a method that does not make this type, or one that needs calibration.
+        FewbitsError: unknown target or method, a method that does not make this type, or one that needs calibration;
+            an open target without a budget.
     """
     family, _, spec = name.strip().lower().partition(":")
     if family not in LAYOUTS:
         raise FewbitsError(f"Unknown target {name!r}.", f"Known: {', '.join(directory_targets())}.")
-    layout = LAYOUTS[family].from_spec(spec)
+    members = tuple(LAYOUTS[family].members(spec).values())
+    if members and not decided:
+        raise FewbitsError(
+            f"{name}: the target leaves the bits open.",
+            f"Pass --bpw, --size, --fit or a saved --plan, or name them: {family}:w4{spec}.",
+        )
+    layout = _usual(members) if members else LAYOUTS[family].from_spec(spec)
     fitting = methods_for(layout)
     if method is None:
         method = next(known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
@@ -77,10 +134,15 @@ def target(name: str, method: str | None, calibrated: bool) -> Target:
         others = [known for known in fitting if known not in CALIBRATED]
         way_out = f"; or do without: --method {others[0]}" if others else ""
         raise FewbitsError(f"{name}: {method} needs calibration.", f"Pass --calibration TEXT{way_out}.")
-    found = Target(f"{family}:{spec}", layout, method)
+    found = Target(f"{family}:{spec}", layout, method, members)
     if found.calibrated and not calibrated:
         raise FewbitsError(f"{name}: the scales of its activations need calibration.", "Pass --calibration TEXT.")
     return found
+
+
+def _usual(members: Sequence[Layout]) -> Layout:
+    """The one that stands for all of them where they are alike: of 4 bits, or the nearest to that."""
+    return min(members, key=lambda layout: abs(layout.type.bits - 4))
 
 
 def _needs(family: str) -> bool:
@@ -180,13 +242,18 @@ def siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear]) -
     return list(sets.values())
 
 
-def _check_siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear], kept: set[str]) -> None:
-    """What engines fuse, and all experts of a block, are quantized as one or not at all."""
+def alike(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear]) -> list[list[str]]:
+    """The weights that engines keep in one type: what they fuse, and all experts of a block."""
     experts: dict[int, list[str]] = {}
     for linear in linears:
         if re.search(r"\.\d+\.", linear.module):
             experts.setdefault(linear.block, []).append(linear.weight)
-    for members in (*siblings(config, linears), *experts.values()):
+    among = {name for names in experts.values() for name in names}
+    return [*(names for names in siblings(config, linears) if names[0] not in among), *experts.values()]
+
+
+def _check_siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear], kept: set[str]) -> None:
+    for members in alike(config, linears):
         split = [name for name in members if name in kept]
         if split and len(split) < len(members):
             other = next(name for name in members if name not in kept)
@@ -197,20 +264,26 @@ def _check_siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLin
 
 
 def _quantized(name: str, shape: tuple[int, ...], dtype: str, chosen: Target) -> PlannedTensor:
-    matrix = (shape[0], shape[1])
-    try:
-        chosen.layout.check(matrix)
-    except FewbitsError as error:
-        raise FewbitsError(f"{name}: {error.message}", error.hint) from None
-    return PlannedTensor(
-        name=name,
-        shape=shape,
-        source_dtype=dtype,
-        codec=chosen.layout.type.name,
-        method=chosen.method,
-        nbytes=sum(part.nbytes for part in chosen.layout.parts(matrix).values()),
-        reason=f"target {chosen.name}",
+    plain = PlannedTensor(
+        name=name, shape=shape, source_dtype=dtype, codec=dtype, method=chosen.method, nbytes=0, reason="-"
     )
+    return in_layout(plain, chosen.layout, chosen.method, f"target {chosen.name}")
+
+
+def in_layout(tensor: PlannedTensor, layout: Layout, method: str, reason: str) -> PlannedTensor:
+    """A linear in the type of a layout.
+
+    Raises:
+        FewbitsError: the layout cannot hold a matrix of this shape.
+    """
+    matrix = (tensor.shape[0], tensor.shape[1])
+    try:
+        layout.check(matrix)
+    except FewbitsError as error:
+        raise FewbitsError(f"{tensor.name}: {error.message}", error.hint) from None
+    nbytes = sum(part.nbytes for part in layout.parts(matrix).values())
+    update = {"codec": layout.type.name, "method": method, "nbytes": nbytes, "reason": reason}
+    return tensor.model_copy(update=update)
 
 
 def _as_it_is(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, kept: bool) -> PlannedTensor:
@@ -224,6 +297,61 @@ def _as_it_is(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, kep
         nbytes=2 * prod(shape),
         reason="kept" if kept else "not a linear layer of a block",
     )
+
+
+def follow(made: Plan, edited: Plan, chosen: Target, sets: Sequence[Sequence[str]]) -> Plan:
+    """Take over the types of a plan that was edited by hand: linears may get another type of the target, or stay.
+
+    Args:
+        made: a fresh plan of the same model and target.
+        sets: the linears that engines keep in one type.
+
+    Returns:
+        `made` with the edits, without files.
+
+    Raises:
+        FewbitsError: a plan of something else, or a type that a tensor cannot have.
+    """
+    for field in ("target", "format", "architecture"):
+        planned, asked = getattr(edited, field), getattr(made, field)
+        if planned != asked:
+            raise FewbitsError(
+                f"The edited plan has the {field} {planned!r}, this model and request have {asked!r}.",
+                "Use the plan with the model and target that it was made for.",
+            )
+    shapes = [{tensor.name: tensor.shape for tensor in plan.tensors} for plan in (made, edited)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise FewbitsError(
+            f"The edited plan and the model do not have the same tensors, the first such is {odd!r}.",
+            "Make the plan anew and change only types.",
+        )
+    linears = {name for names in sets for name in names}
+    wanted = {tensor.name: tensor.codec for tensor in edited.tensors}
+    tensors = [_followed(tensor, wanted[tensor.name], chosen, tensor.name in linears) for tensor in made.tensors]
+    types = {tensor.name: tensor.codec for tensor in tensors}
+    for names in sets:
+        other = next((name for name in names if types[name] != types[names[0]]), None)
+        if other is not None:
+            raise FewbitsError(
+                f"The edited plan has {names[0]} as {types[names[0]]} and {other} as {types[other]}, but engines fuse "
+                "the two.",
+                "Give them one type.",
+            )
+    if not any(tensor.method not in ("copy", "convert") for tensor in tensors):
+        raise FewbitsError("The edited plan keeps every linear layer: nothing would be quantized.")
+    return made.model_copy(update={"tensors": tensors, "files": []})
+
+
+def _followed(tensor: PlannedTensor, to: str, chosen: Target, linear: bool) -> PlannedTensor:
+    if to == tensor.codec:
+        return tensor
+    plain = _plain_type(tensor.source_dtype, chosen.layout)
+    if not linear:
+        raise FewbitsError(f"{tensor.name} is no linear of a block and cannot be {to}.", f"Leave it {tensor.codec}.")
+    if to in (plain, tensor.source_dtype):
+        return _as_it_is(tensor.name, tensor.shape, tensor.source_dtype, chosen.layout, True)
+    return in_layout(tensor, chosen.layout_of(to), chosen.method, "edited plan")
 
 
 def plain_dtype(stored: Mapping[str, tuple[tuple[int, ...], str]], layout: Layout) -> str:

@@ -49,7 +49,8 @@ class BlockwiseRun:
     """The parts of one run.
 
     Attributes:
-        planned: stored name of each weight to be quantized -> method.
+        layouts: stored name of each weight to be quantized -> layout.
+        planned: the same names -> method.
         put: takes a finished weight's stored name and arrays.
         put_plain: takes a block's other parameters, which rescaling may change.
         rough: whether products are taken in bfloat16; see `rough_products`.
@@ -57,7 +58,7 @@ class BlockwiseRun:
 
     streamed: StreamedModel
     stream: Stream
-    layout: Layout
+    layouts: Mapping[str, Layout]
     planned: Mapping[str, str]
     put: Callable[[str, Arrays], None]
     put_plain: Callable[[str, Floats], None]
@@ -126,8 +127,9 @@ class BlockwiseRun:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.rough, cache_enabled=False)
 
     def _watch(self, index: int, block: nn.Module) -> None:
+        assert self.rescaling is not None
         with self._products():
-            self.streamed.watch_block(index, block, self.stream, self.device)
+            self.streamed.watch_block(index, block, self.stream, self.device, self.rescaling.batches)
 
     def _stages(self, index: int, block: nn.Module) -> list[list[str]]:
         """The planned weights of a block, those with one input together, in the order in which they are used."""
@@ -146,11 +148,12 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            known = replace(self._known(inputs, expert), amax=amax)
+            known = replace(known_of(inputs, expert, self.feeds_back), amax=amax)
             for name in names:
                 weights = np.ascontiguousarray(views[name].cpu().numpy())
                 try:
-                    arrays, decoded = quantize_matrix(weights, self.layout, self.planned[name], known, self.pool)
+                    layout, method = self.layouts[name], self.planned[name]
+                    arrays, decoded = quantize_matrix(weights, layout, method, known, self.pool)
                 except FewbitsError as error:
                     raise FewbitsError(f"{name}: {error.message}", error.hint) from None
                 self.put(name, arrays)
@@ -158,16 +161,17 @@ class BlockwiseRun:
                 if not inputs.counts[expert]:
                     self.without_data.append(name)
 
-    def _known(self, inputs: Inputs, expert: int) -> Known:
-        """What the windows say of one input. An expert that no token reached is left to the searched scales."""
-        count, hessian = inputs.counts[expert], inputs.hessians[expert]
-        if not count:
-            # activations have a scale all the same: that of the other experts
-            return Known(peak=max(inputs.peaks))
-        importance = (inputs.sums[expert] / count).float().cpu().numpy()
-        if hessian is None:
-            return Known(importance, peak=inputs.peaks[expert])
-        mean = (hessian / count).cpu().numpy()
-        known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
-        # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
-        return replace(known, factor=factorize(mean)) if self.feeds_back and count >= len(mean) else known
+
+def known_of(inputs: Inputs, expert: int, feeds_back: bool) -> Known:
+    """What the windows say of one input. An expert that no token reached is left to the searched scales."""
+    count, hessian = inputs.counts[expert], inputs.hessians[expert]
+    if not count:
+        # activations have a scale all the same: that of the other experts
+        return Known(peak=max(inputs.peaks))
+    importance = (inputs.sums[expert] / count).float().cpu().numpy()
+    if hessian is None:
+        return Known(importance, peak=inputs.peaks[expert])
+    mean = (hessian / count).cpu().numpy()
+    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
+    # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
+    return replace(known, factor=factorize(mean)) if feeds_back and count >= len(mean) else known

@@ -37,8 +37,10 @@ class Budget:
 
     Attributes:
         size: most bytes of all files together.
-        bpw: most bits per weight over all tensors, embeddings included.
-        fit: bytes of memory that the model has to run in, in llama.cpp, as a whole on one device.
+        bpw: most bits per weight: over all tensors of a GGUF, embeddings included; over the quantized linears of a
+            directory.
+        fit: bytes of memory that the model has to run in, as a whole on one device: in llama.cpp, or for a directory
+            in vLLM or transformers.
         context: for `fit`: tokens of the KV cache; None means the engine's default.
         kv: for `fit`: type of the KV cache.
         types: only these; empty for all that are worth having.

@@ -25,7 +25,7 @@ from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, En
 from fewbits.layouts import Layout
 from fewbits.methods import Known
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
-from fewbits.plan.directory import Target, plan_directory, siblings
+from fewbits.plan.directory import Target, alike, follow, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.matrices import Arrays, Floats, quantize_matrix
@@ -48,19 +48,23 @@ class DirectoryRequest:
         keep: regular expressions of linears that stay as they are.
         max_shard_size: most bytes of one file.
         text: what to calibrate with, if the method wants it.
+        edited: a saved plan whose types are to be taken.
     """
 
     target: Target
     keep: tuple[str, ...] = ()
     max_shard_size: int = MAX_SHARD_SIZE
     text: CalibrationText | None = None
+    edited: Plan | None = None
 
 
 def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
     """Choose a type for every tensor and predict the weight files to the byte.
 
+    An open target's linears all have the same bits here, until a budget is spent or an edited plan says otherwise.
+
     Raises:
-        FewbitsError: see `plan_directory`; or the text is too short for the method.
+        FewbitsError: see `plan_directory` and `follow`; or the text is too short for the method.
     """
     chosen = request.target
     stored = {name: (model.shape(name), model.dtype(name)) for name in model.names}
@@ -76,6 +80,10 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
         split_max_size=request.max_shard_size,
         notes=notes,
     )
+    if request.edited is not None:
+        sets = alike(model.config, linears_of(model))
+        with about(model.path):
+            plan = follow(plan, request.edited, chosen, sets)
     if request.text is not None:
         _check_text(plan, request.text)
         longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
@@ -86,12 +94,21 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
                 "Choose --method search, which needs no text.",
             )
         request.text.check(int(model.config.get("vocab_size") or 2**31), model.path)
-    shards = lay_out(entries_of(plan, chosen), request.max_shard_size)
-    files = [PlannedFile(name=shard.name, size=shard.nbytes) for shard in shards]
     lossy = sorted({t.source_dtype for t in quantized_tensors(plan)} - {"F32", "F16", "BF16", "F64"})
     if lossy:
         notes = [*notes, f"the source is already quantized ({', '.join(lossy)}): its loss adds to this one's"]
-    return plan.model_copy(update={"files": files, "notes": notes})
+    return laid_out(plan.model_copy(update={"notes": notes}), request)
+
+
+def laid_out(plan: Plan, request: DirectoryRequest) -> Plan:
+    """The plan with its weight files."""
+    shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
+    return plan.model_copy(update={"files": [PlannedFile(name=s.name, size=s.nbytes) for s in shards]})
+
+
+def linears_of(model: Model) -> list[arch.DecoderLinear]:
+    """The linears of a model's decoder blocks."""
+    return arch.decoder_linears(model.config, {name: model.shape(name) for name in model.names})
 
 
 def _check_text(plan: Plan, text: CalibrationText) -> None:
@@ -119,7 +136,7 @@ def stored_as(tensor: PlannedTensor, target: Target) -> list[Entry]:
     if tensor.method in ("copy", "convert"):
         return [Entry(tensor.name, tensor.codec, tensor.shape)]
     module = tensor.name.removesuffix(".weight")
-    parts = target.layout.parts((tensor.shape[0], tensor.shape[1]))
+    parts = target.layout_of(tensor.codec).parts((tensor.shape[0], tensor.shape[1]))
     return [Entry(module + suffix, part.dtype, part.shape, module) for suffix, part in parts.items()]
 
 
@@ -203,15 +220,13 @@ class _Run:
     pool: ThreadPoolExecutor
     progress: Progress | None
 
-    @property
-    def layout(self) -> Layout:
-        return self.request.target.layout
+    def layout(self, tensor: PlannedTensor) -> Layout:
+        return self.request.target.layout_of(tensor.codec)
 
     @cached_property
     def fused(self) -> list[list[str]]:
         """The weights that engines fuse, set by set."""
-        shapes = {name: self.model.shape(name) for name in self.model.names}
-        return siblings(self.model.config, arch.decoder_linears(self.model.config, shapes))
+        return siblings(self.model.config, linears_of(self.model))
 
     def plain(self, wanted: Callable[[str], bool]) -> None:
         """Write the tensors that stay as they are."""
@@ -249,14 +264,15 @@ class _Run:
     def _one(self, tensor: PlannedTensor) -> None:
         weights = np.ascontiguousarray(self.model.read(tensor.name), np.float32)
         try:
-            arrays = quantize_matrix(weights, self.layout, tensor.method, Known(amax=self._amax(tensor, weights)))[0]
+            known = Known(amax=self._amax(tensor, weights))
+            arrays = quantize_matrix(weights, self.layout(tensor), tensor.method, known)[0]
         except FewbitsError as error:
             raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
         self.put(tensor.name, arrays)
 
     def _amax(self, tensor: PlannedTensor, weights: Floats) -> float | None:
         """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
-        if self.layout.type.scale != "E4M3":
+        if self.layout(tensor).type.scale != "E4M3":
             return None
         others = next(names for names in self.fused if tensor.name in names)
         matrices = (weights if name == tensor.name else self.model.read(name) for name in others)
@@ -277,13 +293,15 @@ class _Run:
         from fewbits.forward.streamed import StreamedModel, torch_threads
         from fewbits.quantize.blockwise import BlockwiseRun, rough_products
 
-        planned = {tensor.name: tensor.method for tensor in quantized_tensors(self.plan)}
+        todo = quantized_tensors(self.plan)
+        planned = {tensor.name: tensor.method for tensor in todo}
+        layouts = {tensor.name: self.layout(tensor) for tensor in todo}
         by_name = {tensor.name: tensor for tensor in self.plan.tensors}
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
             streamed = StreamedModel(self.model)
             text.check(streamed.n_vocab, self.model.path)
             rough = rough_products(device)
-            rescaling = self._rescaling(streamed, list(planned), rough)
+            rescaling = self._rescaling(streamed, layouts, rough)
             inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
             moved = {name for names in inside for name in names} if rescaling else set()
             self.plain(lambda name: name not in moved)
@@ -306,12 +324,12 @@ class _Run:
                     work.save_if_due(blocks, stream.hidden, {})
 
             run = BlockwiseRun(
-                *(streamed, stream, self.layout, planned, self.put, put_plain, self.pool, rescaling, device, rough)
+                *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough)
             )
             run.run(first, done, self.progress)
         return _silent_experts(run.without_data)
 
-    def _rescaling(self, streamed: StreamedModel, planned: list[str], rough: bool) -> Rescaling | None:
+    def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:
         """What a method does to a block beforehand, if it does anything."""
         import torch
 
@@ -324,7 +342,9 @@ class _Run:
         plain = {tensor.codec for tensor in self.plan.tensors if tensor.method in ("copy", "convert")}
         # the coarser of the two, where a model holds both
         dtype = torch.bfloat16 if "BF16" in plain else torch.float16
-        return Rescaling(streamed, self.layout.type, planned, way, dtype, rough, ENERGY_CAP)  # type: ignore[arg-type]
+        kinds = {name: layout.type for name, layout in layouts.items()}
+        kind = self.request.target.layout.type
+        return Rescaling(streamed, kind, layouts, way, dtype, rough, ENERGY_CAP, kinds)  # type: ignore[arg-type]
 
 
 def encoded(tensor: PlannedTensor, values: Floats) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,14 @@ from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE
 from fewbits.forward.text import read_text
+from fewbits.layouts import LAYOUTS
 from fewbits.layouts.engines import runs_in
 from fewbits.methods import method as method_named
 from fewbits.plan import Plan
-from fewbits.plan.directory import plain_dtype, target
+from fewbits.plan.directory import Target, plain_dtype, target
+from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory import DirectoryRequest, execute_directory, make_directory_plan, quantized_tensors
+from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
 
@@ -38,6 +42,8 @@ class DirectoryJob:
         command: the command line that asks for the same.
         dtype: storage type of most of the unquantized tensors.
         device: where calibration runs.
+        text: what calibrates the model or tells how much its weights matter.
+        budget: what an open target may take, until it is spent.
     """
 
     model: Model
@@ -46,6 +52,8 @@ class DirectoryJob:
     command: str
     dtype: str
     device: str
+    text: CalibrationText | None = None
+    budget: Budget | None = None
 
     @staticmethod
     def of(
@@ -57,24 +65,32 @@ class DirectoryJob:
         texts: Sequence[Path],
         chunks: int | None,
         device: str = "cpu",
+        budget: Budget | None = None,
+        edited: Path | None = None,
     ) -> DirectoryJob:
-        """Make the plan; texts are tokenized, no weight is read.
+        """Make the plan; texts are tokenized, no weight is read. A budget is spent by `spent` only.
 
         Raises:
             FewbitsError: whatever would keep the directory from being made.
         """
-        chosen = target(name, method, bool(texts))
+        chosen = _target(name, method, bool(texts), budget, edited)
         for file in texts:
             if not file.is_file():
                 raise FewbitsError(f"{file}: there is no such text.", "Check the path.")
         model = open_model(source)
         stored = {name: (model.shape(name), model.dtype(name)) for name in model.names}
         dtype = plain_dtype(stored, chosen.layout)
-        chosen = replace(chosen, layout=chosen.layout.for_floats(dtype))
-        text = _read(model, texts, chunks) if texts and chosen.calibrated else None
-        device = _device(device, text is not None, chosen.name)
-        request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, text)
+        asked = _budget_flags(budget) if budget else []
+        chosen = chosen.for_floats(dtype)
+        text = _read(model, texts, chunks) if texts and (chosen.calibrated or budget) else None
+        device = _device(device, text is not None and chosen.calibrated, chosen.name)
+        saved = Plan.load(edited) if edited else None
+        calibrates = text if chosen.calibrated else None
+        request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, calibrates, saved)
         plan = make_directory_plan(model, request)
+        if budget:
+            budget = as_size(budget, model.path, chosen)
+            check_room(plan, model, chosen, budget)
         if texts and text is None:
             unused = f"{chosen.method} has no use for calibration"
             plan = plan.model_copy(update={"notes": [*plan.notes, unused]})
@@ -83,7 +99,21 @@ class DirectoryJob:
         words += [*_flags("--method", [method] if method else []), *_flags("--keep", keep)]
         words += _flags("--split-max-size", [max_shard_size] if max_shard_size else [])
         words += _flags("--device", [device] if device != "cpu" else [])
-        return DirectoryJob(model, request, plan, shlex.join(words), dtype, device)
+        words += [*asked, *_flags("--plan", [edited] if edited else [])]
+        return DirectoryJob(
+            model, request, plan, shlex.join(words), dtype, device, text, budget
+        )  # fmt: skip
+
+    def spent(self, threads: int | None, progress: Progress | None) -> DirectoryJob:
+        """The job with its budget spent: text runs through the model, and rows of every linear are tried.
+
+        Raises:
+            FewbitsError: the budget is too small.
+        """
+        if self.budget is None:
+            return self
+        plan = within_budget(self.plan, self.model, self.request, self.budget, self.text, threads, progress)
+        return replace(self, plan=plan, budget=None)
 
     def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
@@ -95,11 +125,11 @@ class DirectoryJob:
 
     def _files(self, output: Path) -> tuple[dict[str, bytes], list[str]]:
         """Everything beside the weights, and notes on what is missing."""
-        target, kept = self.request.target, self._kept()
+        kept, layout = self._kept(), mixture_of(self.plan, self.model, self.request.target).layout
         beside = companions(self.model)
-        config = target.layout.config(kept, self._quantized())
+        config = layout.config(kept, self._quantized())
         files = {**beside.files, "config.json": config_json(self.model, config, self.dtype)}
-        for name, content in target.layout.extra_files(kept).items():
+        for name, content in layout.extra_files(kept).items():
             files[name] = json.dumps(content, indent=2).encode() + b"\n"
         files["README.md"] = self.card(output)
         files[PROVENANCE] = json.dumps(self._provenance(), indent=2).encode() + b"\n"
@@ -112,7 +142,7 @@ class DirectoryJob:
             FewbitsError: it cannot be read, or is what the directory is calibrated on.
         """
         text = read_text(path)
-        if self.request.text is not None and text.sha256 in self.request.text.sha256:
+        if self.text is not None and text.sha256 in self.text.sha256:
             raise FewbitsError(
                 f"{path}: the directory is calibrated on it, which flatters.", "Measure on another text."
             )
@@ -124,7 +154,7 @@ class DirectoryJob:
 
     def _provenance(self) -> dict[str, object]:
         """How the directory was made, for programs."""
-        text = self.request.text
+        text = self.text
         return {
             "tool": self.plan.tool,
             "target": self.plan.target,
@@ -141,7 +171,8 @@ class DirectoryJob:
             output: the directory, as the command line names it.
             measured: the loss, once it is known.
         """
-        target, text = self.request.target, self.request.text
+        target, text = self.request.target, self.text
+        mixture = mixture_of(self.plan, self.model, target)
         rest = ["-o", str(output), *_flags("--measure", [measured.text] if measured else [])]
         used = None
         if text is not None:
@@ -150,7 +181,7 @@ class DirectoryJob:
         facts = CardFacts(
             target=target.name,
             format=target.layout.quant_method,
-            storage=target.layout.type.name,
+            storage=", ".join(mixture.types),
             method=method_named(target.method).summary,
             command=f"{self.command} {shlex.join(rest)}",
             bits_per_weight=self.plan.bits_per_weight,
@@ -160,7 +191,7 @@ class DirectoryJob:
             library="hqq" if target.layout.name == "hqq" else "transformers",
             calibration=used,
             measured=measured,
-            snippets=snippets(target.layout.quant_method, runs_in(target.name, "vLLM")),
+            snippets=snippets(mixture.loader, runs_in(target.name, "vLLM")),
             notes=self.plan.notes,
         )
         return model_card(origin_of(self.model), facts)
@@ -172,6 +203,30 @@ class DirectoryJob:
         """Linear modules that stay as they are, the head first: engines must be told."""
         inside = [tensor.name.removesuffix(".weight") for tensor in self.plan.tensors if tensor.reason == "kept"]
         return ["lm_head", *inside]
+
+
+def _target(name: str, method: str | None, calibrated: bool, budget: Budget | None, edited: Path | None) -> Target:
+    """The target, with the types that the budget leaves it."""
+    if budget is not None and edited is not None:
+        raise FewbitsError("A saved plan and a budget.", "The plan says what everything becomes: leave out the budget.")
+    decided = budget is not None or edited is not None
+    if budget is not None and not target(name, method, True, decided).open:
+        family, _, spec = name.strip().lower().partition(":")
+        free = re.sub(r"^w\d+", "", spec)
+        there = free != spec and LAYOUTS[family].members(free)
+        way_out = f"Take {family}:{free}, or leave" if there else "Leave"
+        raise FewbitsError(f"{name}: a budget is for targets without bits in their name.", f"{way_out} out the budget.")
+    chosen = target(name, method, calibrated, decided)
+    return chosen.among(budget.types) if budget is not None else chosen
+
+
+def _budget_flags(budget: Budget) -> list[str]:
+    words = _flags("--size", [] if budget.size is None else [budget.size])
+    words += _flags("--bpw", [] if budget.bpw is None else [budget.bpw])
+    if budget.fit is not None:
+        words += ["--fit", str(budget.fit), *_flags("--context", [budget.context] if budget.context else [])]
+        words += ["--kv", budget.kv]
+    return [*words, *_flags("--types", [",".join(budget.types)] if budget.types else [])]
 
 
 def _flags(flag: str, values: Sequence[object]) -> list[str]:

@@ -7,9 +7,10 @@ weights (with nothing), times what that costs tensors of its role in a small mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -91,50 +92,42 @@ class Appraisal:
         Args:
             types: by tensor name.
         """
-        out: Losses = {}
-        with ThreadPoolExecutor(threads, "appraise") as pool:
-            for number, tensor in enumerate(tensors):
-                samples = list(self._samples(tensor))
-                parts = [[pool.submit(sample.loss, name) for sample in samples] for name in types[tensor.name]]
-                out[tensor.name] = {
-                    name: sum(part.result() for part in of) for name, of in zip(types[tensor.name], parts, strict=True)
-                }
-                if progress:
-                    progress(number + 1, len(tensors), "appraised tensors")
-        return out
+        known = {tensor.name: tensor for tensor in tensors}
+        return appraise(lambda name: self._samples(known[name]), {n: types[n] for n in known}, threads, progress)
 
-    def _samples(self, tensor: SourceTensor) -> Iterator[_Sample]:
+    def _samples(self, tensor: SourceTensor) -> Iterator[Sample]:
         """Rows of a tensor that stand for it."""
         experts = tensor.shape[-3] if len(tensor.shape) > 2 else 1
         each = prod(tensor.shape[:-1]) // experts
-        chosen = sorted({int(place) for place in np.linspace(0, experts - 1, min(experts, EXPERTS))})
+        chosen = some_experts(experts)
         known = self.sensitivities.get(tensor.name, [])
         by_token = next((one.rows for one in known if one.rows is not None and len(one.rows) == each), None)
         for expert in chosen:
             if by_token is None:
-                rows = np.unique(np.linspace(0, each - 1, min(each, max(1, ROWS // len(chosen)))).astype(np.int64))
+                rows = some_rows(each, len(chosen))
             else:
                 total = np.sum([one.rows for one in known if one.rows is not None], axis=0)
                 rows = np.sort(np.argsort(-total, kind="stable")[:TOKEN_ROWS])
             weights = self._read(tensor.name, expert * each + rows)
             importance = self.importances[tensor.name][expert] if tensor.name in self.importances else None
-            yield _Sample(
-                tensor.name,
-                expert,
+            yield Sample(
                 weights,
-                importance,
                 [_weights(one, expert, rows, importance, self.learned, tensor.name) for one in known]
-                or [_relative(weights, importance, self._nats(tensor.name) / experts)],
+                or [Weighing.relative(weights, importance, self._nats(tensor.name) / experts)],
                 experts / len(chosen),
-                self.learned,
+                partial(self._decoded, tensor.name, expert, weights, importance),
             )
 
     def _nats(self, name: str) -> float:
-        """What a tensor of this role costs where nothing is known of it itself."""
-        layer, last = layer_of(name), self.source.facts.n_layer - 1
         tied = role(name) == EMBEDDING and all(tensor.name != "output.weight" for tensor in self.source.tensors)
-        usual = NATS.get(OUTPUT if tied else role(name), OTHERS)
-        return usual * (AT_THE_ENDS if layer in (0, 1, last) else 1.0)
+        return usual_cost("output.weight" if tied else name, self.source.facts.n_layer)
+
+    def _decoded(self, name: str, expert: int, weights: Floats, importance: Floats | None, to: str) -> Floats:
+        kind = codec(to)
+        fed = self.learned.factors is not None and layer_of(name) >= 0 and fixed_scales(kind) is not None
+        factor = self.learned.factor(name, expert) if fed else None
+        chosen = method("gptq" if factor is not None else "search")
+        return kind.decode(chosen.quantize(weights, kind, importance, factor))
 
     def _read(self, name: str, rows: npt.NDArray[np.int64]) -> Floats:
         """Rows of a tensor, ascending; only runs that are near to each other are read at once."""
@@ -156,22 +149,32 @@ class Appraisal:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weighing:
     """How errors count: `rows` [rows] and either `columns` [columns] or a Hessian [columns, columns]."""
 
     rows: Floats
     columns: Floats
     hessian: Floats | None = None
 
+    @staticmethod
+    def relative(weights: Floats, importance: Floats | None, nats: float) -> Weighing:
+        """Of a tensor that is known by its role: an error as large as the weights costs `nats`."""
+        columns = np.ones(weights.shape[1], np.float32) if importance is None else importance
+        whole = float((np.square(weights, dtype=np.float64) @ columns).sum()) or 1.0
+        return Weighing(np.full(len(weights), nats / whole, np.float32), columns)
+
+    @staticmethod
+    def sensitive(known: Sensitivity, expert: int, rows: npt.NDArray[np.int64]) -> Weighing:
+        """Of a tensor whose sensitivity is known, by some of its rows that stand for all."""
+        columns = 0.5 * known.columns[min(expert, len(known.columns) - 1)]
+        if known.rows is None:
+            return Weighing(np.full(len(rows), 1 / len(rows), np.float32), columns)
+        share = known.rows[rows]
+        return Weighing((share / max(float(share.sum()), 1e-30)).astype(np.float32), columns)
+
     def of(self, error: Floats) -> float:
         squares = error * (error @ self.hessian) if self.hessian is not None else np.square(error) * self.columns
         return float(self.rows @ squares.sum(1, dtype=np.float64))
-
-
-def _relative(weights: Floats, importance: Floats | None, nats: float) -> _Weights:
-    columns = np.ones(weights.shape[1], np.float32) if importance is None else importance
-    whole = float((np.square(weights, dtype=np.float64) @ columns).sum()) or 1.0
-    return _Weights(np.full(len(weights), nats / whole, np.float32), columns)
 
 
 def _weights(
@@ -181,34 +184,69 @@ def _weights(
     importance: Floats | None,
     learned: Learned,
     name: str,
-) -> _Weights:
-    columns = 0.5 * known.columns[min(expert, len(known.columns) - 1)]
-    if known.rows is not None:
-        share = known.rows[rows]
-        return _Weights((share / max(float(share.sum()), 1e-30)).astype(np.float32), columns)
-    share = np.full(len(rows), 1 / len(rows), np.float32)
-    if learned.factors is None or importance is None or layer_of(name) < 0:
-        return _Weights(share, columns)
+) -> Weighing:
+    plain = Weighing.sensitive(known, expert, rows)
+    if known.rows is not None or learned.factors is None or importance is None or layer_of(name) < 0:
+        return plain
     # feedback trades errors of one column for those of others: only the Hessian can tell what is left of them
     hessian = learned.factors.block(name).read(name, expert)
-    return _Weights(share, columns, hessian * (float(columns.sum()) / max(float(hessian.trace()), 1e-30)))
+    scale = float(plain.columns.sum()) / max(float(hessian.trace()), 1e-30)
+    return Weighing(plain.rows, plain.columns, hessian * scale)
 
 
 @dataclass(frozen=True)
-class _Sample:
-    name: str
-    expert: int
+class Sample:
+    """Rows that stand for a matrix.
+
+    Attributes:
+        known: how their errors count; the costs add up.
+        share: by what their cost is multiplied, where they stand for other matrices, too.
+        decoded: what a type, by name, makes of them.
+    """
+
     weights: Floats
-    importance: Floats | None
-    known: list[_Weights]
+    known: list[Weighing]
     share: float
-    learned: Learned
+    decoded: Callable[[str], Floats]
 
     def loss(self, type_name: str) -> float:
-        kind = codec(type_name)
-        fed = self.learned.factors is not None and layer_of(self.name) >= 0 and fixed_scales(kind) is not None
-        factor = self.learned.factor(self.name, self.expert) if fed else None
-        chosen = method("gptq" if factor is not None else "search")
-        data = chosen.quantize(self.weights, kind, self.importance, factor)
-        error = kind.decode(data) - self.weights
+        error = self.decoded(type_name) - self.weights
         return self.share * sum(one.of(error) for one in self.known)
+
+
+def appraise(
+    samples: Callable[[str], Iterable[Sample]],
+    types: Mapping[str, Sequence[str]],
+    threads: int,
+    progress: Progress | None = None,
+) -> Losses:
+    """What each type would cost each tensor.
+
+    Args:
+        samples: those of a tensor, by name.
+        types: of each tensor, by name.
+    """
+    out: Losses = {}
+    with ThreadPoolExecutor(threads, "appraise") as pool:
+        for number, (name, tried) in enumerate(types.items()):
+            here = list(samples(name))
+            parts = [[pool.submit(sample.loss, to) for sample in here] for to in tried]
+            out[name] = {to: sum(part.result() for part in of) for to, of in zip(tried, parts, strict=True)}
+            if progress:
+                progress(number + 1, len(types), "appraised tensors")
+    return out
+
+
+def some_experts(count: int) -> list[int]:
+    """The experts that stand for all."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, EXPERTS))})
+
+
+def some_rows(count: int, matrices: int = 1) -> npt.NDArray[np.int64]:
+    """The rows that stand for all of a matrix, where so many matrices stand for a tensor."""
+    return np.unique(np.linspace(0, count - 1, min(count, max(1, ROWS // matrices))).astype(np.int64))
+
+
+def usual_cost(name: str, n_layer: int) -> float:
+    """What an error as large as its weights would cost a tensor, by GGUF name, of which nothing else is known; nats."""
+    return NATS.get(role(name), OTHERS) * (AT_THE_ENDS if layer_of(name) in (0, 1, n_layer - 1) else 1.0)

@@ -30,6 +30,13 @@ for name, module in list(model.named_modules()):
         model.set_submodule(name, HQQLinear(None, None, compute_dtype=torch.float16, device="cpu"))
 model.load_state_dict(tensors, strict=False)
 """
+_GPTQMODEL = """\
+# pip install gptqmodel; transformers gives all layers of a GPTQ checkpoint the same bits
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("DIRECTORY")
+print(model.tokenizer.decode(model.generate("The capital of France is")[0]))
+"""
 _VLLM = Snippet("vLLM", "vllm serve DIRECTORY", "sh")
 _PACKAGES = {
     "gptq": ("transformers accelerate optimum gptqmodel", "float16"),
@@ -39,7 +46,7 @@ _PACKAGES = {
     "fp8": ("transformers accelerate", "auto"),
 }
 """By `quant_method`: what transformers needs installed, and the type of the other tensors."""
-_SERVED = {"gptq", "awq", "compressed-tensors", "fp8"}
+_SERVED = {"gptq", "gptq-mixed", "awq", "compressed-tensors", "fp8"}
 """What vLLM reads; its list of methods has no bitsandbytes since 0.32."""
 
 
@@ -47,11 +54,14 @@ def snippets(quant_method: str, vllm: bool = True) -> list[Snippet]:
     """The snippets for a `quantization_config.quant_method`; none for one that is not known.
 
     Args:
+        quant_method: or `gptq-mixed`, where layers have bits of their own.
         vllm: whether vLLM runs this very target: it takes symmetric 4 and 8-bit GPTQ only.
     """
     found = []
     if quant_method == "hqq":
         return [Snippet("hqq", _HQQ)]
+    if quant_method == "gptq-mixed":
+        found.append(Snippet("GPTQModel", _GPTQMODEL))
     if quant_method in _PACKAGES:
         packages, dtype = _PACKAGES[quant_method]
         found.append(Snippet("transformers", _TRANSFORMERS.format(packages=packages, dtype=dtype)))
