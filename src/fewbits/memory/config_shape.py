@@ -81,12 +81,16 @@ def load_config(config: Mapping[str, Any]) -> Any | None:
         return None
     for name in ("auto_map", "quantization_config", "compression_config"):
         values.pop(name, None)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:  # validators of any of 200 classes may raise anything
         reason = " ".join(str(error).split())[:200]
         raise FewbitsError(f"config.json: transformers refuses it ({reason}).", "Fetch the file again.") from None
+    finally:
+        logger.setLevel(level)
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
