@@ -53,6 +53,18 @@ def wheel_gguf(test_models: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A text to calibrate the demo model on and another to measure it on."""
+    folder = tmp_path_factory.mktemp("texts")
+    content = (ROOT / "src" / "fewbits" / "demo" / "held_out.txt").read_text()
+    half = len(content) // 2
+    ours, theirs = folder / "calibration.txt", folder / "test.txt"
+    ours.write_text(content[:half])
+    theirs.write_text(content[half:])
+    return ours, theirs
+
+
 _skipped: list[str] = []
 
 

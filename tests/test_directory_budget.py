@@ -30,17 +30,6 @@ DEMO = Path(fewbits.__file__).parent / "demo"
 MODEL = DEMO / "model"
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A text to calibrate on and another to measure on."""
-    folder = tmp_path_factory.mktemp("texts")
-    content = (DEMO / "held_out.txt").read_text()
-    half = len(content) // 2
-    (folder / "calibration.txt").write_text(content[:half])
-    (folder / "test.txt").write_text(content[half:])
-    return folder / "calibration.txt", folder / "test.txt"
-
-
 def options_of(target: str, texts: tuple[Path, Path]) -> dict[str, Any]:
     if target.endswith("-v2"):
         return {"method": "search"}

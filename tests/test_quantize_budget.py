@@ -20,17 +20,6 @@ MODEL = DEMO / "model"
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A text to calibrate on and another to measure on."""
-    folder = tmp_path_factory.mktemp("texts")
-    content = (DEMO / "held_out.txt").read_text()
-    half = len(content) // 2
-    for name, part in (("calibration.txt", content[:half]), ("test.txt", content[half:])):
-        (folder / name).write_text(part)
-    return folder / "calibration.txt", folder / "test.txt"
-
-
-@pytest.fixture(scope="module")
 def statistics(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("statistics") / "demo.imatrix.gguf"
     calibrate(MODEL, texts[0], file, chunks=8, output_tensor=True, sensitivity=True)

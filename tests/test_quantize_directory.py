@@ -39,18 +39,6 @@ TARGETS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A text to calibrate on and another to measure on."""
-    folder = tmp_path_factory.mktemp("texts")
-    content = (DEMO / "held_out.txt").read_text()
-    half = len(content) // 2
-    ours, theirs = folder / "calibration.txt", folder / "test.txt"
-    ours.write_text(content[:half])
-    theirs.write_text(content[half:])
-    return ours, theirs
-
-
 def calibrated(texts: tuple[Path, Path]) -> dict[str, Any]:
     return {"calibration": texts[0], "calibration_chunks": 8}
 

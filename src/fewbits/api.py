@@ -17,7 +17,7 @@ from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.directory import is_directory_target
-from fewbits.quantize import QuantizeReport
+from fewbits.quantize import PlanRequest, QuantizeReport
 from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
@@ -158,21 +158,10 @@ def plan(
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, "cpu", budget, saved)
         return DirectoryJob.of(source, target, *options).spent(threads, progress).plan
     _refuse_directory_options(target, method, keep)
-    return GGUFJob.of(
-        source,
-        target,
-        Path(output) if output else None,
-        mixture,
-        split_max_size,
-        Path(edited) if edited else None,
-        pre_tokenizer,
-        _paths(calibration),
-        calibration_chunks,
-        Path(hessians) if hessians else None,
-        budget,
-        threads,
-        progress,
-    ).plan()
+    request = _request(target, mixture, split_max_size, output, edited)
+    texts, folder = _paths(calibration), Path(hessians) if hessians else None
+    made = GGUFJob.of(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress)
+    return made.plan()
 
 
 def quantize(
@@ -233,21 +222,21 @@ def quantize(
         return report
     _refuse_directory_options(target, method, keep, measure_text, device)
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-    return GGUFJob.of(
-        source,
-        target,
-        Path(output),
-        mixture,
-        split_max_size,
-        Path(edited) if edited else None,
-        pre_tokenizer,
-        _paths(calibration),
-        calibration_chunks,
-        Path(hessians) if hessians else None,
-        budget,
-        threads,
-        progress,
-    ).execute(overwrite)
+    request = _request(target, mixture, split_max_size, output, edited)
+    texts, folder = _paths(calibration), Path(hessians) if hessians else None
+    made = GGUFJob.of(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress)
+    return made.execute(overwrite)
+
+
+def _request(
+    target: str,
+    mixture: MixtureOptions | None,
+    split_max_size: int | None,
+    output: str | Path | None,
+    edited: str | Path | None,
+) -> PlanRequest:
+    paths = [Path(path) if path else None for path in (output, edited)]
+    return PlanRequest(target, mixture or MixtureOptions(), split_max_size, *paths)
 
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:

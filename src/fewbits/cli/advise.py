@@ -27,13 +27,8 @@ def command(
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help=f"{', '.join(ENGINES)}.")] = None,
     use: Annotated[str | None, typer.Option("--use", help=f"{', '.join(USES)}.")] = None,
-    gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help='A card, e.g. "RTX 4090" or "2x RTX 3090"; or none.')
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Of the card, e.g. 24GB; with --gpu none: of the machine."),
-    ] = None,
+    gpu: o.GPU = None,
+    memory: o.CardMemory = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens of each sequence; 8192.")] = None,
     problem: Annotated[
         str | None, typer.Option("--problem", help=f"Find the cause instead: {', '.join(PROBLEMS)}.")

@@ -42,13 +42,8 @@ def command(
     layers_on_gpu: Annotated[
         int | None, typer.Option("--layers-on-gpu", min=0, help="Layers to offload, as llama.cpp's -ngl counts.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help='A card, e.g. "RTX 4090" or "2x RTX 3090"; or none.')
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Of the card, e.g. 24GB; with --gpu none: of the machine."),
-    ] = None,
+    gpu: o.GPU = None,
+    memory: o.CardMemory = None,
     layers: Annotated[bool, typer.Option("--layers", help="One row for every layer's cache.")] = False,
     json: o.Json = False,
 ) -> None:

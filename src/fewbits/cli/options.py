@@ -89,6 +89,13 @@ Keep = Annotated[
     list[str] | None,
     typer.Option("--keep", metavar="REGEX", help="Linear layers that a directory keeps unquantized; may be repeated."),
 ]
+GPU = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAME", help='A card, e.g. "RTX 4090" or "2x RTX 3090"; or none.')
+]
+CardMemory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Of the card, e.g. 24GB; with --gpu none: of the machine."),
+]
 MeasureText = Annotated[
     Path | None, typer.Option("--measure", metavar="TEXT", help="Measure a directory's loss and tell it in its card.")
 ]

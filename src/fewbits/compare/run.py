@@ -244,13 +244,7 @@ class _Run:
                 size=sum(info.nbytes for info in self.base.checkpoint.tensors.values()),
                 stored_as=facts.stored_as(self.base),
             ),
-            convention=RulerUsed(
-                name=ruler.name,
-                context=ruler.context,
-                scored_per_window=ruler.scored_per_window,
-                bos_per_window=ruler.bos_per_window,
-                description=ruler.description,
-            ),
+            convention=RulerUsed.of(ruler),
             texts=[
                 TextMeasured(
                     path=str(text.path), name=text.path.name, sha256=text.sha256, n_windows=part.stop - part.start

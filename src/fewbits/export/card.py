@@ -34,8 +34,8 @@ def gguf_card(model: Model, name: str | None = None) -> bytes:
         target=target,
         format="gguf",
         storage=storage,
-        method=_method(checkpoint.metadata),
-        command=_command(checkpoint, target),
+        method=None,
+        command=None,
         bits_per_weight=8 * total / max(n_weights, 1),
         size_before=2 * n_weights,
         size_after=total,
@@ -43,24 +43,8 @@ def gguf_card(model: Model, name: str | None = None) -> bytes:
         calibration=_calibration(checkpoint.metadata),
         snippets=_snippets(checkpoint.path, name),
         notes=["The size before is that of the same weights in 16 bits."],
-        made_here=made_here(checkpoint.metadata),
     )
     return model_card(origin_of(model), facts)
-
-
-def made_here(metadata: Mapping[str, Any]) -> bool:
-    """Whether a file tells that fewbits wrote it."""
-    by = metadata.get("general.quantized_by")
-    return any(key.startswith("fewbits.") for key in metadata) or (isinstance(by, str) and by.startswith("fewbits"))
-
-
-def _method(metadata: Mapping[str, Any]) -> str:
-    return "search, weighted by importance" if "quantize.imatrix.file" in metadata else "search"
-
-
-def _command(checkpoint: GGUFCheckpoint, target: str) -> str:
-    text = " --calibration TEXT" if "quantize.imatrix.file" in checkpoint.metadata else ""
-    return f"fewbits quantize MODEL {target}{text} -o {shlex.quote(checkpoint.path.name)}"
 
 
 def _target(metadata: Mapping[str, Any], storage: str) -> str:

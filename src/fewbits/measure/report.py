@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from fewbits.measure.metrics import Comparison, Estimate
+from fewbits.measure.windows import Ruler
 
 
 class _Record(BaseModel):
@@ -19,6 +20,16 @@ class RulerUsed(_Record):
     scored_per_window: int
     bos_per_window: bool
     description: str
+
+    @staticmethod
+    def of(ruler: Ruler) -> RulerUsed:
+        return RulerUsed(
+            name=ruler.name,
+            context=ruler.context,
+            scored_per_window=ruler.scored_per_window,
+            bos_per_window=ruler.bos_per_window,
+            description=ruler.description,
+        )
 
 
 class TextUsed(_Record):

@@ -86,13 +86,7 @@ def measure(
         engine_version=found.engine_version,
         kv=kv,
         tool_version=__version__,
-        convention=RulerUsed(
-            name=ruler.name,
-            context=ruler.context,
-            scored_per_window=ruler.scored_per_window,
-            bos_per_window=ruler.bos_per_window,
-            description=ruler.description,
-        ),
+        convention=RulerUsed.of(ruler),
         text=TextUsed(path=str(passage.path), sha256=passage.sha256, n_tokens=windows.n_text_tokens),
         tokenizer=TokenizerUsed(
             source=str(owner.path),

@@ -51,6 +51,14 @@ class Spent:
     loss: float
     bound: float
 
+    def note(self, budget: int) -> str:
+        """What a user should know of it."""
+        gap = self.loss / self.bound - 1 if self.bound > 0 else 0.0
+        return (
+            f"{budget - self.nbytes} bytes under the budget, expected to lose at most {gap:.2%} more than the best "
+            "mixture"
+        )
+
 
 def spend(tensors: Sequence[Sequence[Option]], budget: int) -> Spent:
     """Choose an option for each tensor.

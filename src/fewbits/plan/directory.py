@@ -312,13 +312,7 @@ def follow(made: Plan, edited: Plan, chosen: Target, sets: Sequence[Sequence[str
     Raises:
         FewbitsError: a plan of something else, or a type that a tensor cannot have.
     """
-    for field in ("target", "format", "architecture"):
-        planned, asked = getattr(edited, field), getattr(made, field)
-        if planned != asked:
-            raise FewbitsError(
-                f"The edited plan has the {field} {planned!r}, this model and request have {asked!r}.",
-                "Use the plan with the model and target that it was made for.",
-            )
+    edited.check_made_for(made)
     shapes = [{tensor.name: tensor.shape for tensor in plan.tensors} for plan in (made, edited)]
     if shapes[0] != shapes[1]:
         odd = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))

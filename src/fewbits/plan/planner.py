@@ -94,13 +94,7 @@ def apply_edits(made: Plan, edited: Plan) -> Plan:
         FewbitsError: names the tensor: unknown, missing, of another shape, or of a type that it cannot have;
             or the plan is for another target, format or architecture.
     """
-    for field in ("target", "format", "architecture"):
-        planned, asked = getattr(edited, field), getattr(made, field)
-        if planned != asked:
-            raise FewbitsError(
-                f"The edited plan has the {field} {planned!r}, this model and request have {asked!r}.",
-                "Use the plan with the model and target that it was made for.",
-            )
+    edited.check_made_for(made)
     edits = {tensor.name: tensor for tensor in edited.tensors}
     names = {tensor.name for tensor in made.tensors}
     for name in edits.keys() - names:

@@ -196,6 +196,23 @@ class Plan(_Strict):
             )
         return rows
 
+    def check_made_for(self, request: Plan) -> None:
+        """Refuse to follow this plan where something else is asked for.
+
+        Args:
+            request: a fresh plan of the model and target at hand.
+
+        Raises:
+            FewbitsError: another target, format or architecture.
+        """
+        for field in ("target", "format", "architecture"):
+            planned, asked = getattr(self, field), getattr(request, field)
+            if planned != asked:
+                raise FewbitsError(
+                    f"The edited plan has the {field} {planned!r}, this model and request have {asked!r}.",
+                    "Use the plan with the model and target that it was made for.",
+                )
+
     def to_json(self) -> str:
         """The plan as JSON, one field a line."""
         return self.model_dump_json(indent=1) + "\n"

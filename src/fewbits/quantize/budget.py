@@ -170,10 +170,7 @@ def _options(tensor: PlannedTensor, losses: Mapping[str, float]) -> list[Option]
 
 
 def _notes(spent: Spent, room: int, statistics: Statistics | None) -> list[str]:
-    gap = spent.loss / spent.bound - 1 if spent.bound > 0 else 0.0
-    notes = [
-        f"{room - spent.nbytes} bytes under the budget, expected to lose at most {gap:.2%} more than the best mixture"
-    ]
+    notes = [spent.note(room)]
     if statistics is None:
         return [
             *notes,

@@ -340,10 +340,9 @@ def _decoded(target: Target, weights: Floats, known: Known, to: str) -> Floats:
 def _notes(plan: Plan, spent: Spent, room: int, target: Target, calibrated: bool) -> list[str]:
     linears = quantized_tensors(plan)
     bits = sum(tensor.nbytes for tensor in linears) * 8 / _n_weights(plan)
-    gap = spent.loss / spent.bound - 1 if spent.bound > 0 else 0.0
     notes = [
         f"{bits:.3f} bits per weight over the {len(linears)} quantized linears, scales and zero points included",
-        f"{room - spent.nbytes} bytes under the budget, expected to lose at most {gap:.2%} more than the best mixture",
+        spent.note(room),
     ]
     used = {target.layout_of(tensor.codec).type.bits for tensor in linears}
     if target.layout.name == "gptq" and len(used) > 1:

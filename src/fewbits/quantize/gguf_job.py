@@ -9,8 +9,9 @@ from pathlib import Path
 from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import open_checkpoint
 from fewbits.errors import FewbitsError
+from fewbits.formats.atomic import check_output
 from fewbits.formats.gguf.source import GGUFSource, gguf_source
-from fewbits.plan import MixtureOptions, Plan
+from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
 from fewbits.quantize.execute import QuantizeReport, check, execute
 from fewbits.quantize.hessians import Factors, with_feedback
@@ -51,11 +52,7 @@ class GGUFJob:
     @staticmethod
     def of(
         model: str | Path,
-        target: str,
-        output: Path | None,
-        mixture: MixtureOptions | None,
-        split_max_size: int | None,
-        edited: Path | None,
+        request: PlanRequest,
         pre_tokenizer: str | None,
         calibration: Sequence[Path],
         chunks: int | None,
@@ -66,13 +63,17 @@ class GGUFJob:
     ) -> GGUFJob:
         """Read the headers.
 
+        Args:
+            request: without an output, the usual name is taken.
+
         Raises:
             FewbitsError: options that do not go together, an unknown architecture or tokenizer.
         """
+        target = request.target
         free = target.strip().upper() == TARGET
         if budget is not None and not free:
             raise FewbitsError(f"{target}: a budget is for the target gguf.", "Take gguf, or leave out the budget.")
-        if free and (budget is None) == (edited is None):
+        if free and (budget is None) == (request.edited is None):
             raise FewbitsError(
                 "The target gguf needs a budget or a saved plan.", "Pass --size, --bpw or --fit, or --plan."
             )
@@ -82,9 +83,7 @@ class GGUFJob:
             )
         source = gguf_source(open_checkpoint(model), pre_tokenizer)
         budget = budget.as_size(model) if budget else None
-        request = PlanRequest(
-            target, mixture or MixtureOptions(), split_max_size, output or default_output(source.path, target), edited
-        )
+        request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
         return GGUFJob(
             model, source, request, list(calibration), chunks, factors, budget, threads, progress
@@ -106,20 +105,21 @@ class GGUFJob:
 
     def execute(self, overwrite: bool) -> QuantizeReport:
         """Make the file; texts are run first, and what they give is kept beside it."""
+        # whatever would refuse the result should do so before weights are read and texts run
+        if self.request.split_max_size is None:  # the names of a set depend on how many there are
+            check_output(self.output, overwrite)
         if not self.calibration:
-            check(make_plan(self.source, self.request), self.source, self.output, overwrite)
             plan = self._made(None, self.output)[1]
             return execute(plan, self.source, self.output, self.threads, overwrite, self.progress)
         statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite)
         if not statistics.tensors:
-            # whatever would refuse the result should do so before hours of calibration
             source, plan, found = self._made(statistics, file)
-            check(plan, source, self.output, overwrite, Learned({}, self.factors))
+            if self.budget is None:  # how large a mixture gets is not known yet
+                check(plan, source, self.output, overwrite, Learned({}, self.factors))
             if found is not None:
                 statistics = self._run(file, overwrite)
         source, plan, found = self._made(statistics, file)
         learned = Learned(found or {}, self.factors)
-        check(plan, source, self.output, overwrite, learned)
         return execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:

@@ -108,7 +108,7 @@ class Appraisal:
             else:
                 total = np.sum([one.rows for one in known if one.rows is not None], axis=0)
                 rows = np.sort(np.argsort(-total, kind="stable")[:TOKEN_ROWS])
-            weights = self._read(tensor.name, expert * each + rows)
+            weights = self._read(tensor, expert * each + rows)
             importance = self.importances[tensor.name][expert] if tensor.name in self.importances else None
             yield Sample(
                 weights,
@@ -129,9 +129,9 @@ class Appraisal:
         chosen = method("gptq" if factor is not None else "search")
         return kind.decode(chosen.quantize(weights, kind, importance, factor))
 
-    def _read(self, name: str, rows: npt.NDArray[np.int64]) -> Floats:
+    def _read(self, tensor: SourceTensor, rows: npt.NDArray[np.int64]) -> Floats:
         """Rows of a tensor, ascending; only runs that are near to each other are read at once."""
-        columns = next(tensor.shape[-1] for tensor in self.source.tensors if tensor.name == name)
+        columns, read = tensor.shape[-1], self.source.read[tensor.name]
         step = max(1, SLAB // columns)
         out = np.empty((len(rows), columns), np.float32)
         starts = [0, *(i for i in range(1, len(rows)) if rows[i] - rows[i - 1] > step // 16), len(rows)]
@@ -141,10 +141,10 @@ class Appraisal:
                 stop = min(start + step, high)
                 inside = (rows >= start) & (rows < stop)
                 if inside.any():
-                    values = self.source.read[name](start, stop).reshape(stop - start, -1)
+                    values = read(start, stop).reshape(stop - start, -1)
                     out[inside] = values[rows[inside] - start]
         if not np.isfinite(out).all():
-            raise FewbitsError(f"{self.source.path}: tensor {name!r} holds NaN or infinite weights.")
+            raise FewbitsError(f"{self.source.path}: tensor {tensor.name!r} holds NaN or infinite weights.")
         return out
 
 

@@ -93,20 +93,19 @@ class CardFacts:
         target: e.g. `gptq:w4g128`.
         format: the ecosystem's name as the hub tags it, e.g. `gptq`.
         storage: storage type of the quantized weights, in words or by name.
-        method: how the codes were chosen.
+        method: how the codes were chosen; None, as `command`, where the file does not tell.
         command: the exact command line.
         bits_per_weight: of the whole model.
         size_before: bytes of the source's tensors; `size_after` likewise.
         kept: which tensors stayed unquantized, in a phrase.
         library: that loads the directory, by the hub's name.
-        made_here: whether fewbits made it; if not, method and command are not known and not told.
     """
 
     target: str
     format: str
     storage: str
-    method: str
-    command: str
+    method: str | None
+    command: str | None
     bits_per_weight: float
     size_before: int
     size_after: int
@@ -116,7 +115,6 @@ class CardFacts:
     measured: Measured | None = None
     snippets: Sequence[Snippet] = ()
     notes: Sequence[str] = ()
-    made_here: bool = True
 
 
 def origin_of(model: Model) -> Origin:
