@@ -29,6 +29,7 @@ from fewbits.codecs.scaled_scales import (
     store_points,
 )
 from fewbits.codecs.scaled_search import LARGEST, search_floats, search_free, search_scales
+from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.hqq import round_columns, round_rows
 from fewbits.kernels.lanes import usable_importance
@@ -40,7 +41,7 @@ Zero = Literal["none", "middle", "integer", "float"]
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(StorageType):
     """A storage type.
 
     Attributes:
@@ -78,6 +79,18 @@ class Scaled:
             tail = f"G{columns}"
         kind = {"NESTED": "_NESTED"}.get(self.scale, "_FLOAT" if self.zero == "float" else "")
         return f"{head}_{tail}{kind}"
+
+    @property
+    def rows_apart(self) -> bool:
+        return self.block[0] == 1 and not self.strided and self.scale not in ("NESTED", "E4M3")
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.strided
+
+    @property
+    def shares_a_scale(self) -> bool:
+        return self.scale == "E4M3"
 
     @property
     def narrow(self) -> bool:
@@ -356,7 +369,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Coded):
     """A matrix in a storage type.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fewbits.codecs.scaled import Quantized, Scaled
+from fewbits.codecs.storage import StorageType
 from fewbits.errors import FewbitsError
 
 LAYOUTS: dict[str, type[Layout]] = {}
@@ -24,7 +24,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 """By suffix to the module's name. BF16 comes as uint16 and 8-bit floats as uint8: numpy has neither."""
 Others = tuple[tuple["Layout", tuple[str, ...]], ...]
 """Modules in another layout than the rest of a checkpoint: a layout, and modules that engines fuse into one."""
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Layout(ABC):
     """The bits that such a target chooses among."""
     rare_widths: ClassVar[tuple[int, ...]] = ()
     """Those of them that few engines take: chosen where they are asked for by name."""
-    type: Scaled
+    methods: ClassVar[tuple[str, ...]] = ()
+    """The methods that make it, the usual one first, where its type alone does not say."""
+    type: StorageType
 
     @property
     def engine_dtype(self) -> str:
@@ -139,12 +141,12 @@ class Layout(ABC):
 
     @abstractmethod
     def pack(
-        self, matrix: Quantized, g_idx: npt.NDArray[np.integer] | None = None, input_peak: float | None = None
+        self, matrix: Any, g_idx: npt.NDArray[np.integer] | None = None, input_peak: float | None = None
     ) -> dict[str, npt.NDArray[Any]]:
         """The arrays of `parts`.
 
         Args:
-            matrix: codes in the original order of columns, [out, in].
+            matrix: [out, in] as the type codes it; codes are in the original order of columns.
             g_idx: group of each column [in], for layouts whose groups need not be neighbours.
             input_peak: largest absolute activation that this layer, or one that engines fuse with it, gets: for layouts
                 that store scales of activations.

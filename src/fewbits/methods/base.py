@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from fewbits.codecs import Codec
 from fewbits.codecs.scaled import Quantized, Scaled
+from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 
 
@@ -28,12 +30,28 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Decomposed:
+    """A Hessian as error feedback in a rotated space uses it: H = L D L^T in blocks of 16, of the rotated inputs.
+
+    Attributes:
+        signs: float32 [columns], +1 or -1: inputs are multiplied by them, then Hadamard transformed in blocks of 128.
+        lower: float32 [columns, columns], L: unit matrices on the diagonal of blocks, nothing above it.
+        spread: float64 [columns / 16], the trace of each block of D.
+    """
+
+    signs: npt.NDArray[np.float32]
+    lower: npt.NDArray[np.float32]
+    spread: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Known:
     """What is known of a matrix besides its weights; None for what is not.
 
     Attributes:
         importance: float32 [columns], the weight of each column's squared error: the mean square of each input.
         factor: of the Hessian.
+        decomposed: the rotated Hessian, for types that rotate.
         hessian: float32 [columns, columns], the mean of x x^T.
         peak: largest absolute input.
         amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
@@ -41,6 +59,7 @@ class Known:
 
     importance: npt.NDArray[np.float32] | None = None
     factor: Factor | None = None
+    decomposed: Decomposed | None = None
     hessian: npt.NDArray[np.float32] | None = None
     peak: float | None = None
     amax: float | None = None
@@ -94,6 +113,19 @@ class Method(ABC):
         Raises:
             FewbitsError: the method is not for matrices of this type.
         """
+        raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
+
+    @classmethod
+    def make(
+        cls, weights: npt.NDArray[np.float32], kind: StorageType, known: Known, pool: Executor | None = None
+    ) -> Coded:
+        """Like `fit`, for types of other kinds than `Scaled`, too.
+
+        Args:
+            pool: to work on several parts of the matrix at once; the result is the same.
+        """
+        if isinstance(kind, Scaled):
+            return cls.fit(weights, kind, known)
         raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
 
 

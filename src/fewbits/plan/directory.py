@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 from fewbits import arch
+from fewbits.codecs.scaled import Scaled
 from fewbits.errors import FewbitsError
 from fewbits.layouts import LAYOUTS, Layout
 from fewbits.plan.schema import Plan, PlannedTensor
@@ -153,6 +154,8 @@ def _needs(family: str) -> bool:
 def methods_for(layout: Layout) -> tuple[str, ...]:
     """The methods that make a layout's type, the one taken first."""
     kind, own = layout.type, layout.name
+    if layout.methods or not isinstance(kind, Scaled):
+        return layout.methods
     if kind.zero == "float":
         return ("hqq", "rtn")
     if kind.levels == "E4M3":
@@ -211,7 +214,7 @@ def plan_directory(
         for name, (shape, dtype) in stored.items()
     ]
     notes = [f"{len(kept)} linear layers stay as they are"] if kept else []
-    if chosen.layout.type.scale == "E4M3" and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
+    if chosen.layout.type.shares_a_scale and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
         notes.append("transformers 5.23 loads NVFP4 experts wrongly, without their global scale: for vLLM only")
     return tensors, notes
 

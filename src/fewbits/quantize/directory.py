@@ -272,7 +272,7 @@ class _Run:
 
     def _amax(self, tensor: PlannedTensor, weights: Floats) -> float | None:
         """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
-        if self.layout(tensor).type.scale != "E4M3":
+        if not self.layout(tensor).type.shares_a_scale:
             return None
         others = next(names for names in self.fused if tensor.name in names)
         matrices = (weights if name == tensor.name else self.model.read(name) for name in others)

@@ -326,7 +326,7 @@ def _rows(model: Model, name: str, target: Target, matrices: int) -> tuple[Float
     """Rows that stand for a linear, where so many linears stand for the experts of a block, and their numbers."""
     whole = model.read(name)
     # groups that go along the outputs need all of them
-    rows = np.arange(len(whole)) if target.layout.type.strided else some_rows(len(whole), matrices)
+    rows = np.arange(len(whole)) if target.layout.type.needs_all_rows else some_rows(len(whole), matrices)
     weights = np.ascontiguousarray(whole[rows], np.float32)
     if not np.isfinite(weights).all():
         raise FewbitsError(f"{model.path}: tensor {name!r} holds NaN or infinite weights.")
@@ -334,7 +334,7 @@ def _rows(model: Model, name: str, target: Target, matrices: int) -> tuple[Float
 
 
 def _decoded(target: Target, weights: Floats, known: Known, to: str) -> Floats:
-    return method(target.method).fit(weights, target.layout_of(to).type, known).decode()
+    return method(target.method).make(weights, target.layout_of(to).type, known).decode()
 
 
 def _notes(plan: Plan, spent: Spent, room: int, target: Target, calibrated: bool) -> list[str]:

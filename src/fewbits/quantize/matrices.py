@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewbits.codecs.scaled import Quantized
+from fewbits.codecs.scaled import Quantized, Scaled
+from fewbits.codecs.storage import Coded
 from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.layouts.gptq import GPTQ as GPTQLayout
@@ -45,17 +46,20 @@ def quantize_matrix(
             f"it holds NaN or infinite weights (row {bad}).",
             "Such a model is damaged: fetch it again or repair the training run.",
         )
-    g_idx = None
-    if isinstance(layout, GPTQLayout) and layout.act_order and known.importance is not None:
-        found, g_idx = _fit_in_order(weights, layout, chosen, known, pool)
+    kind, g_idx = layout.type, None
+    found: Coded
+    if not isinstance(kind, Scaled):
+        found = method(chosen).make(weights, kind, known, pool)
+    elif isinstance(layout, GPTQLayout) and layout.act_order and known.importance is not None:
+        found, g_idx = _fit_in_order(weights, kind, chosen, known, pool)
     else:
-        found = _fit(weights, layout, chosen, known, pool)
+        found = _fit(weights, kind, chosen, known, pool)
     arrays = layout.pack(found, g_idx, known.peak)
     return arrays, layout.unpack(arrays, (weights.shape[0], weights.shape[1]))
 
 
 def _fit_in_order(
-    weights: Floats, layout: Layout, chosen: str, known: Known, pool: ThreadPoolExecutor | None
+    weights: Floats, kind: Scaled, chosen: str, known: Known, pool: ThreadPoolExecutor | None
 ) -> tuple[Quantized, npt.NDArray[np.int64]]:
     """Groups of the columns in order of their importance, and the group of each column."""
     assert known.importance is not None
@@ -63,21 +67,19 @@ def _fit_in_order(
     factor = Factor(np.arange(order.size), known.factor.upper) if known.factor else None
     hessian = None if known.hessian is None else known.hessian[np.ix_(order, order)]
     sorted_ = replace(known, importance=known.importance[order], factor=factor, hessian=hessian)
-    found = _fit(np.ascontiguousarray(weights[:, order]), layout, chosen, sorted_, pool)
+    found = _fit(np.ascontiguousarray(weights[:, order]), kind, chosen, sorted_, pool)
     codes, g_idx = np.empty_like(found.codes), np.empty_like(order)
     codes[:, order] = found.codes
-    g_idx[order] = np.arange(order.size) // (layout.type.block[1] or order.size)
+    g_idx[order] = np.arange(order.size) // (kind.block[1] or order.size)
     return replace(found, codes=codes), g_idx
 
 
-def _fit(weights: Floats, layout: Layout, chosen: str, known: Known, pool: ThreadPoolExecutor | None) -> Quantized:
+def _fit(weights: Floats, kind: Scaled, chosen: str, known: Known, pool: ThreadPoolExecutor | None) -> Quantized:
     def fit(rows: slice) -> Quantized:
-        return method(chosen).fit(weights[rows], layout.type, known)
+        return method(chosen).fit(weights[rows], kind, known)
 
-    kind = layout.type
-    rows_apart = kind.block[0] == 1 and not kind.strided and kind.scale not in ("NESTED", "E4M3")
     # HQQ stops when the whole matrix no longer gains
-    if pool is None or not rows_apart or chosen == "hqq":
+    if pool is None or not kind.rows_apart or chosen == "hqq":
         return fit(slice(None))
     return _stacked(list(pool.map(fit, (slice(i, i + ROWS) for i in range(0, weights.shape[0], ROWS)))))
 
