@@ -156,6 +156,20 @@ def facts(**changes: object) -> CardFacts:
     return CardFacts(**{**values, **changes})
 
 
+def test_rope_settings_under_their_old_names(tmp_path: Path) -> None:
+    rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    folder = save_tiny(tmp_path / "tiny", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    made = json.loads(config_json(open_model(folder), None, "F16", old_rope_keys=True))
+    assert made["rope_theta"] == 5e5 and made["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert "rope_theta" not in json.loads(config_json(open_model(folder), None, "F16"))
+    plain = {**config, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
+    (folder / "config.json").write_text(json.dumps(plain))
+    made = json.loads(config_json(open_model(folder), None, "F16", old_rope_keys=True))
+    assert made["rope_theta"] == 1e5 and "rope_scaling" not in made
+
+
 def test_the_card_takes_over_what_the_source_says(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "models--some--model.x" / "snapshots" / "0123abc", "llama")
     (source / "README.md").write_text(

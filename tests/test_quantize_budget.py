@@ -95,6 +95,29 @@ def test_what_fits_into_memory_leaves_room_for_everything_else(tmp_path: Path) -
         fewbits.plan(MODEL, "gguf", budget=Budget(fit=10**6))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_count_on_the_card_where_they_are_the_head(tied: bool, tmp_path: Path) -> None:
+    """llama.cpp leaves them in RAM; of a tied pair it copies the head's share to the card."""
+    source = save_tiny(tmp_path / "model", "llama", {"tie_word_embeddings": tied, "hidden_size": 256})
+
+    def on_gpu(model: Path, target: str | None = None) -> int:
+        device = fewbits.memory(model, target=target, context=256).device("GPU")
+        assert device is not None
+        return device.needed
+
+    room = on_gpu(source, "Q4_K_M") + 20_000
+    plan = fewbits.plan(source, "gguf", budget=Budget(fit=room, context=256))
+    made = fewbits.quantize(source, "gguf", tmp_path / "a.gguf", budget=Budget(fit=room, context=256))
+    embedding = next(tensor for tensor in plan.tensors if tensor.name == "token_embd.weight")
+    assert made.size == plan.file_size and room - 40_000 < on_gpu(tmp_path / "a.gguf") <= room
+    assert (embedding.reason == "stays in RAM, beside the card") != tied
+    assert any("stays in RAM" in note for note in plan.notes) != tied
+    if not tied:
+        assert embedding.codec == "Q8_0"
+        few = fewbits.plan(source, "gguf", budget=Budget(fit=room, context=256, types=("Q3_K", "Q6_K")))
+        assert next(t.codec for t in few.tensors if t.name == "token_embd.weight") == "Q6_K"
+
+
 def test_short_rows_have_types_that_fit(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model", "llama", {"hidden_size": 96, "intermediate_size": 160})
     plan = fewbits.plan(source, "gguf", budget=Budget(bpw=5.5))

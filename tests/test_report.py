@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -14,9 +15,17 @@ from hypothesis import strategies as st
 from fewbits.measure.metrics import Comparison, Estimate, KLSummary
 from fewbits.measure.report import RulerUsed
 from fewbits.report import ComparisonReport, render
-from fewbits.report.heatmap import error_decades, maps, type_shades
+from fewbits.report.heatmap import decades_of, maps, type_shades
 from fewbits.report.labels import Box, placed, width
-from fewbits.report.numbers import bytes_text, kl_text, percent_text, seconds_text, significant
+from fewbits.report.numbers import (
+    bytes_text,
+    deviation_text,
+    kl_text,
+    percent_text,
+    rate_text,
+    seconds_text,
+    significant,
+)
 from fewbits.report.plots import SIZES, Cost, distribution, pareto
 from fewbits.report.ranking import Ranking, frontier, summary, undecided
 from fewbits.report.scales import linear, logarithmic
@@ -25,11 +34,15 @@ from fewbits.report.schema import (
     Bucket,
     Candidate,
     FileUsed,
+    Footprint,
     MemoryLine,
     MemoryUsed,
     ReferenceUsed,
+    SensitivityUsed,
+    Speed,
     TensorRow,
     TextMeasured,
+    Timing,
     WorstToken,
 )
 
@@ -142,6 +155,26 @@ def twelve(layers: int = 4) -> list[Candidate]:
     return [candidate(name, int(bits * 1e9), kl, layers, seed) for seed, (name, bits, kl) in enumerate(LEVELS)]
 
 
+def weighed(one: Candidate, seed: int = 0) -> Candidate:
+    """A candidate with an expected loss of each matrix."""
+    losses = 10.0 ** -np.random.default_rng(seed).uniform(2, 7, len(one.tensors))
+    rows = [row.model_copy(update={"loss": float(loss)}) for row, loss in zip(one.tensors, losses, strict=True)]
+    return one.model_copy(update={"tensors": rows})
+
+
+def tried(one: Candidate, resident: int | None = 8 * 10**8, words: str = "llama-cpp-python 0.3.36") -> Candidate:
+    """A candidate that has been run."""
+    prompt = Timing(n_tokens=512, runs=5, median=1234.5, low=1200.0, high=1250.0)
+    generation = Timing(n_tokens=64, runs=5, median=41.23, low=39.9, high=42.0)
+    speed = Speed(engine=words, processor=words, threads=4, context=8192, prompt=prompt, generation=generation)
+    footprint = Footprint(
+        engine=words, context=8192, kv="f16", reserved={"weights": 7 * 10**8, "kv_cache": 2 * 10**8}, rearranged=10**7,
+        resident=resident, mapped=None if resident is None else 7 * 10**8, predicted={"weights": 9 * 10**8 + 9 * 10**6},
+        deviation=0.01, deviation_resident=None if resident is None else 0.136,
+    )  # fmt: skip
+    return one.model_copy(update={"speed": speed, "footprint": footprint})
+
+
 class Tags(HTMLParser):
     """What is in a page: tags with their attributes, and open elements at the end."""
 
@@ -230,6 +263,43 @@ def test_few_candidates_and_nothing_optional(count: int) -> None:
     assert not Tags(page).open and "noise floor" not in page and not re.search(r"\bnan\b", page, re.I)
 
 
+def test_speed_memory_and_losses_are_told_where_they_are_known() -> None:
+    full = weighed(tried(candidate("Q4_K_M", 10**9, 0.02)))
+    bare = candidate("gptq:w4g128", 2 * 10**9, 0.01, format="gptq", family="GPTQ")
+    used = SensitivityUsed(path="/stats.imatrix.gguf", sha256="5" * 64, datasets=["calibration.txt"])
+    made = report([full, bare], sensitivity=used)
+    page = render(made)
+    assert not Tags(page).open
+    assert "1,234" in page and "(1,200 to 1,250)" in page and "41.2" in page and "(39.9 to 42.0)" in page
+    assert "+1.0 %" in page and "+13.6 %" in page and "weights 700 MB, kv cache 200 MB" in page and "pp512" in page
+    assert "medians of 5 runs" in page and "–: not measured" in page
+    assert page.count("<td>–</td><td>–</td><td>–</td><td>–</td><td>–</td><td>–</td>") == 1  # the directory's
+    assert page.count("what that is expected to cost</h3>") == 1 and "5" * 64 in page
+    headers, rows = made.table()
+    at = headers.index("prompt tok/s")
+    assert headers[at:] == [
+        "prompt tok/s", "generation tok/s", "CPU predicted MB", "reserved MB", "peak resident MB"
+    ]  # fmt: skip
+    assert [row[at:] for row in rows] == [[""] * 5, ["1,234", "41.2", "909.0", "900.0", "800.0"]]
+    again = ComparisonReport.model_validate_json(made.model_dump_json())
+    assert again == made and again.candidates[0].expected_loss == pytest.approx(sum(t.loss or 0 for t in full.tensors))
+    unknown = render(report([tried(full, resident=None, words=HOSTILE)]))
+    assert not Tags(unknown).open and "<img" not in unknown
+
+
+def test_a_report_from_before_there_was_speed_is_read() -> None:
+    made = report(twelve())
+    old = json.loads(made.model_dump_json())
+    del old["sensitivity"]
+    for one in old["candidates"]:
+        del one["speed"], one["footprint"]
+        for row in one["tensors"]:
+            del row["loss"]
+    assert ComparisonReport.model_validate(old) == made
+    page = render(made)
+    assert "On the machine that made this page" not in page and "is expected to cost" not in page
+
+
 # drawings
 
 
@@ -281,13 +351,13 @@ def test_axes_hold_their_values(values: list[float], wanted: int) -> None:
 
 
 def test_maps_have_a_cell_for_every_matrix() -> None:
-    one = candidate("Q4_K_M", 10**9, 0.1, layers=5)
-    found = maps(one, type_shades([one]), error_decades([one]) or (-6, 0))
-    for drawing in (found.types_map, found.error_map):
+    one = weighed(candidate("Q4_K_M", 10**9, 0.1, layers=5))
+    found = maps(one, type_shades([one]), decades_of([one], "error") or (-6, 0), decades_of([one], "loss"))
+    for drawing in (found.types_map, found.error_map, found.loss_map):
         paths = [path.attrib["d"] for path in ElementTree.fromstring(str(drawing)).iter("path")]
         assert sum(path.count("M") for path in paths) == len(one.tensors)
     assert sum(len(row) for _, row in found.cells) == len(one.tensors)
-    shares = [float(share.removesuffix(" %")) for _, _, _, share, _ in found.roles]
+    shares = [float(share.removesuffix(" %")) for _, _, _, share, _, _ in found.roles]
     assert sum(shares) == pytest.approx(100, abs=0.5)
     shades = type_shades(twelve())
     ordered = sorted(shades, key=lambda name: -TYPES[name])
@@ -345,7 +415,9 @@ def test_pairs_tell_more_than_intervals() -> None:
         (bytes_text(4_920_000_000), "4.920 GB"), (bytes_text(12), "12 bytes"), (percent_text(0.9512), "95.1 %"),
         (percent_text(0.99567), "99.57 %"), (percent_text(1.0), "100.0 %"), (percent_text(0.0001), "<0.1 %"),
         (seconds_text(5.234), "5.2 s"), (seconds_text(75), "75 s"), (seconds_text(600), "10 min"),
-        (seconds_text(36000), "10.0 h"),
+        (seconds_text(36000), "10.0 h"), (rate_text(1234.5), "1,234"), (rate_text(41.23), "41.2"),
+        (rate_text(3.0), "3.00"), (deviation_text(-0.0001), "0.0 %"), (deviation_text(0.1241), "+12.4 %"),
+        (deviation_text(-0.037), "-3.7 %"),
     ],
 )  # fmt: skip
 def test_numbers(shown: str, expected: str) -> None:

@@ -30,8 +30,12 @@ def page() -> str:
     directories = [
         [f"`{d.name}`", f"{d.bits_per_weight:.2f}", ", ".join(d.methods), d.summary] for d in found.directories
     ]
+    opened = [
+        [f"`{o.name}`", o.choice, f"{o.least:.2f} to {o.most:.2f}", ", ".join(o.methods)]
+        for o in found.open_directories
+    ]
     engines = [["GGUF", e.engine, e.hardware, e.verdict, e.date, e.note] for e in found.gguf_engines]
-    for d in found.directories:
+    for d in [*found.directories, *found.open_directories]:
         engines += [[f"`{d.name}`", e.engine, e.hardware, e.verdict, e.date, e.note] for e in d.engines]
     types = [
         [f"`{c.name}`", f"{c.bits_per_weight:g}", str(c.block), yes(c.weighted), yes(c.feedback)] for c in found.codecs
@@ -45,6 +49,9 @@ def page() -> str:
         + "\n## Model directories\n\nBits per weight are those of a linear of 4096 x 4096, scales and zero points "
         "included; the first method is the usual one.\n\n"
         + table(["target", "bits per weight", "methods", "what it is"], directories)
+        + "\n## Model directories with bits by layer\n\nThese leave the bits open: `--bpw`, `--size`, `--fit` or a "
+        "saved `--plan` chooses them, see [checkpoints.md](checkpoints.md). Bits per weight as above.\n\n"
+        + table(["target", "bits to choose from", "bits per weight", "methods"], opened)
         + "\n## Engines\n\n`runs` and `refuses` were seen on that hardware, `should run` was read in the engine's "
         "sources or documentation.\n\n"
         + table(["target", "engine", "on", "verdict", "as of", "note"], engines)

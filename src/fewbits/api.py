@@ -125,6 +125,8 @@ def plan(
     hessians: str | Path | None = None,
     method: str | None = None,
     keep: Sequence[str] = (),
+    head_bits: int | None = None,
+    measurement: str | Path | None = None,
     budget: Budget | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -144,6 +146,8 @@ def plan(
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
         method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
         keep: regular expressions of linears that a directory keeps unquantized.
+        head_bits: of the head, for exl2 and exl3: 6 unless said otherwise, 16 to leave it as it is.
+        measurement: file of exl2's measuring pass: read where it exists, else written.
         budget: for the target `gguf`, or a directory's without bits in its name (`gptq:g128`): how much the files may
             take; types are chosen freely.
         threads: for a budget; None takes every core.
@@ -154,10 +158,10 @@ def plan(
     """
     if is_directory_target(target):
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
-        saved = Path(edited) if edited else None
+        saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, "cpu", budget, saved)
-        return DirectoryJob.of(source, target, *options).spent(threads, progress).plan
-    _refuse_directory_options(target, method, keep)
+        return DirectoryJob.of(source, target, *options, head_bits, measured).spent(threads, progress).plan
+    _refuse_directory_options(target, method, keep, head_bits, measurement)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
     made = GGUFJob.of(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress)
@@ -181,6 +185,8 @@ def quantize(
     hessians: str | Path | None = None,
     method: str | None = None,
     keep: Sequence[str] = (),
+    head_bits: int | None = None,
+    measurement: str | Path | None = None,
     device: str = "cpu",
     measure_text: str | Path | None = None,
     measure_chunks: int | None = None,
@@ -206,9 +212,9 @@ def quantize(
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
         _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
         check_directory_output(Path(output), overwrite, Path(source))
-        saved = Path(edited) if edited else None
+        saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
-        job = DirectoryJob.of(source, target, *options)
+        job = DirectoryJob.of(source, target, *options, head_bits, measured)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
         report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)
@@ -220,7 +226,7 @@ def quantize(
             )
             job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
         return report
-    _refuse_directory_options(target, method, keep, measure_text, device)
+    _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
@@ -274,11 +280,14 @@ def _refuse_directory_options(
     target: str,
     method: str | None,
     keep: Sequence[str],
+    head_bits: int | None = None,
+    measurement: str | Path | None = None,
     measure_text: str | Path | None = None,
     device: str = "cpu",
 ) -> None:
     elsewhere = device if device != "cpu" else ""
-    unused = {"--method": method, "--keep": keep, "--measure": measure_text, "--device": elsewhere}
+    unused: dict[str, object] = {"--method": method, "--keep": keep, "--measure": measure_text, "--device": elsewhere}
+    unused |= {"--head-bits": head_bits, "--measurement": measurement}
     for what, given in unused.items():
         if given:
             raise FewbitsError(f"{target}: {what} is for model directories (gptq:, awq:, ct:, ...).", "Leave it out.")

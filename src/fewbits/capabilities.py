@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict
 
 from fewbits import arch
 from fewbits.codecs import CODECS
-from fewbits.layouts import LAYOUTS
+from fewbits.layouts import LAYOUTS, Layout
 from fewbits.layouts.engines import engines_of
 from fewbits.methods import METHODS
 from fewbits.plan import PRESETS
@@ -50,6 +52,32 @@ class DirectoryRow(_Row):
     engines: list[EngineRow]
 
 
+class OpenRow(_Row):
+    """A target that makes a model directory and leaves the bits open: a budget or a saved plan chooses them by layer.
+
+    Attributes:
+        widths: the bits that it chooses among.
+        named_widths: those of them that it takes only where `--types` names them.
+        least, most: bits per weight of a linear of 4096 x 4096, scales and zero points included.
+        methods: ways of choosing its codes, the usual one first.
+    """
+
+    name: str
+    widths: list[int]
+    named_widths: list[int]
+    least: float
+    most: float
+    methods: list[str]
+    engines: list[EngineRow]
+
+    @property
+    def choice(self) -> str:
+        """The bits in words."""
+        usual = ", ".join(str(width) for width in self.widths if width not in self.named_widths)
+        named = ", ".join(str(width) for width in self.named_widths)
+        return f"{usual}; {named} by --types" if named else usual
+
+
 class CodecRow(_Row):
     """A storage type."""
 
@@ -80,6 +108,7 @@ class Capabilities(_Row):
 
     presets: list[PresetRow]
     directories: list[DirectoryRow]
+    open_directories: list[OpenRow]
     gguf_engines: list[EngineRow]
     codecs: list[CodecRow]
     methods: list[MethodRow]
@@ -98,6 +127,7 @@ def capabilities() -> Capabilities:
             for preset in PRESETS.values()
         ],
         directories=[_directory(name, summary) for name, summary in directory_targets().items()],
+        open_directories=_open_directories(),
         gguf_engines=_engines("Q4_K_M"),
         codecs=[
             CodecRow(
@@ -119,15 +149,49 @@ def capabilities() -> Capabilities:
 
 def _directory(name: str, summary: str) -> DirectoryRow:
     family, _, spec = name.partition(":")
-    layout = LAYOUTS[family].from_spec(spec).for_floats("F16")
-    stored = sum(part.nbytes for part in layout.parts((4096, 4096)).values())
+    kind = LAYOUTS[family]
+    members = kind.members(spec)
+    # where a mean is named, a layout near to it stands for the mixture
+    rate = kind.rate(spec) if members else None
+    layout = kind.from_spec(spec) if rate is None else _nearest(members, rate)
     return DirectoryRow(
         name=name,
-        bits_per_weight=8 * stored / 4096**2,
+        bits_per_weight=_stored_bits(layout) if rate is None else rate,
         methods=list(methods_for(layout)),
         summary=summary,
         engines=_engines(name),
     )
+
+
+def _open_directories() -> list[OpenRow]:
+    """Of each target with bits in its name the one without, where there is such."""
+    specs = [name.partition(":") for name in directory_targets()]
+    names = dict.fromkeys((family, re.sub(r"^w\d+", "", spec)) for family, _, spec in specs)
+    found = [(f"{family}:{spec}", LAYOUTS[family], LAYOUTS[family].members(spec)) for family, spec in names]
+    return [_open(name, kind, members) for name, kind, members in found if members and name not in directory_targets()]
+
+
+def _open(name: str, kind: type[Layout], members: tuple[Layout, ...]) -> OpenRow:
+    bits = [_stored_bits(layout) for layout in members]
+    return OpenRow(
+        name=name,
+        widths=list(kind.widths),
+        named_widths=list(kind.rare_widths),
+        least=min(bits),
+        most=max(bits),
+        methods=list(methods_for(_nearest(members, 4))),
+        engines=_engines(name),
+    )
+
+
+def _nearest(layouts: tuple[Layout, ...], bits: float) -> Layout:
+    return min(layouts, key=lambda layout: abs(layout.type.bits - bits))
+
+
+def _stored_bits(layout: Layout) -> float:
+    """Of a linear of 4096 x 4096, bits per weight."""
+    parts = layout.for_floats("F16").parts((4096, 4096))
+    return 8 * sum(part.nbytes for part in parts.values()) / 4096**2
 
 
 def _engines(target: str) -> list[EngineRow]:

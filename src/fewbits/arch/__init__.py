@@ -3,7 +3,15 @@
 from fewbits.arch.config import REST, canonical, config_from_gguf, gguf_metadata, gguf_notes
 from fewbits.arch.families import FAMILIES, Family, Key, Role, ScalePair, family_of, family_of_gguf
 from fewbits.arch.shapes import check_shapes
-from fewbits.arch.tensors import DecoderLinear, GGUFTensor, HFTensor, decoder_linears, gguf_tensors, hf_tensors
+from fewbits.arch.tensors import (
+    DecoderLinear,
+    GGUFTensor,
+    HFTensor,
+    decoder_linears,
+    gguf_tensors,
+    head_source,
+    hf_tensors,
+)
 
 __all__ = [
     "FAMILIES",
@@ -24,5 +32,6 @@ __all__ = [
     "gguf_metadata",
     "gguf_notes",
     "gguf_tensors",
+    "head_source",
     "hf_tensors",
 ]

@@ -198,6 +198,16 @@ def gguf_tensors(config: Mapping[str, Any], shapes: Shapes) -> list[GGUFTensor]:
     return out
 
 
+def head_source(config: Mapping[str, Any], shapes: Shapes) -> str:
+    """Stored name of the head's matrix: its own, or the embeddings' where the two are one.
+
+    Raises:
+        FewbitsError: as for `gguf_tensors`.
+    """
+    found = {tensor.name: tensor.sources for tensor in gguf_tensors(config, shapes)}
+    return next(found[name][0] for name in ("output.weight", "token_embd.weight") if name in found)
+
+
 @dataclass(frozen=True)
 class DecoderLinear:
     """A linear of a decoder block, as quantizers of Hugging Face directories see it.

@@ -65,6 +65,16 @@ def command(
     weight_errors: Annotated[
         bool, typer.Option("--weight-errors/--no-weight-errors", help="Compare every matrix with the reference's.")
     ] = True,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", metavar="FILE", help="Weigh the errors by what `calibrate --sensitivity` made."),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time GGUF files in llama.cpp on this processor: prompt and generation.")
+    ] = False,
+    peak_memory: Annotated[
+        bool, typer.Option("--peak-memory", help="Measure what memory they take there, beside what is predicted.")
+    ] = False,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the reference's answers for later runs.")
     ] = True,
@@ -98,6 +108,9 @@ def command(
             memory=memory,
             noise_floor=noise_floor,
             weight_errors=weight_errors,
+            sensitivity=sensitivity,
+            speed=speed,
+            peak_memory=peak_memory,
             cache=cache,
             threads=threads,
             overwrite=overwrite,

@@ -28,11 +28,24 @@ def command(json: o.Json = False) -> None:
             for d in found.directories
         ],
     )
+    stdout.print(
+        "\nThe same with bits by layer (fewbits quantize MODEL TARGET --bpw N, --size, --fit or --plan)", style="bold"
+    )
+    table(
+        ["target", "bits to choose from", "bits per weight", "methods", "runs in"],
+        [
+            [o.name, o.choice, f"{o.least:.2f} to {o.most:.2f}", ", ".join(o.methods), _runs_in(o.engines)]
+            for o in found.open_directories
+        ],
+    )
     stdout.print("\nEngines, as seen or read", style="bold")
     table(
         ["target", "engine", "on", "verdict", "as of", "note"],
         [["GGUF", e.engine, e.hardware, e.verdict, e.date, e.note] for e in found.gguf_engines]
-        + [[d.name, e.engine, e.hardware, e.verdict, e.date, e.note] for d in found.directories for e in d.engines],
+        + [[d.name, e.engine, e.hardware, e.verdict, e.date, e.note] for d in found.directories for e in d.engines]
+        + [
+            [o.name, e.engine, e.hardware, e.verdict, e.date, e.note] for o in found.open_directories for e in o.engines
+        ],
     )
     stdout.print("\nStorage types of GGUF", style="bold")
     table(

@@ -89,6 +89,15 @@ Keep = Annotated[
     list[str] | None,
     typer.Option("--keep", metavar="REGEX", help="Linear layers that a directory keeps unquantized; may be repeated."),
 ]
+HeadBits = Annotated[
+    int | None, typer.Option("--head-bits", help="Of the head, for exl2 and exl3: 6 by default, 16 leaves it as it is.")
+]
+Measurement = Annotated[
+    Path | None,
+    typer.Option(
+        "--measurement", metavar="FILE", help="exl2's measuring pass: read where it exists, else saved there."
+    ),
+]
 GPU = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help='A card, e.g. "RTX 4090" or "2x RTX 3090"; or none.')
 ]

@@ -41,6 +41,8 @@ def command(
     types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
+    head_bits: o.HeadBits = None,
+    measurement: o.Measurement = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="One row for every tensor.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -63,6 +65,8 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
+            head_bits=head_bits,
+            measurement=measurement,
             budget=o.budget_of(size, bpw, fit, context, kv, types),
             progress=progress,
         )

@@ -40,6 +40,8 @@ def command(
     types: o.Types = None,
     method: o.Method = None,
     keep: o.Keep = None,
+    head_bits: o.HeadBits = None,
+    measurement: o.Measurement = None,
     device: o.Device = "cpu",
     measure: o.MeasureText = None,
     measure_chunks: o.MeasureChunks = None,
@@ -71,6 +73,8 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
+            head_bits=head_bits,
+            measurement=measurement,
             budget=budget,
         )
         plan_verb.show(made, json)
@@ -90,6 +94,8 @@ def command(
             hessians=hessians,
             method=method,
             keep=keep or (),
+            head_bits=head_bits,
+            measurement=measurement,
             budget=budget,
             device=device,
             measure_text=measure,

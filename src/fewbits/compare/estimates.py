@@ -46,10 +46,14 @@ class MemoryQuestion:
         size = sum(gpu.vram for gpu in self.hardware.gpus) or self.hardware.ram
         return MemoryLine(label=self.name, size=size)
 
+    def tokens(self, model: Model) -> int:
+        """The context that is meant."""
+        longest = model.config.get("max_position_embeddings")
+        return self.context or min(DEFAULT_CONTEXT, longest if isinstance(longest, int) else DEFAULT_CONTEXT)
+
     def ask(self, model: Model) -> tuple[MemoryUsed | None, list[str]]:
         """What the graphics card (without one, the machine) needs with every layer on it; or why that is not known."""
-        longest = model.config.get("max_position_embeddings")
-        context = self.context or min(DEFAULT_CONTEXT, longest if isinstance(longest, int) else DEFAULT_CONTEXT)
+        context = self.tokens(model)
         engine = "llama.cpp" if isinstance(model.checkpoint, GGUFCheckpoint) else "transformers"
         try:
             found = memory(model.path, context=context, kv=self.kv or "f16", engine=engine, hardware=self.hardware)

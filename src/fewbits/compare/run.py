@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import tempfile
 import time
@@ -12,9 +13,11 @@ from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 
-from fewbits.checkpoint import Model, open_model
+from fewbits.checkpoint import GGUFCheckpoint, Model, open_model
 from fewbits.compare import facts
 from fewbits.compare.estimates import MemoryQuestion
+from fewbits.compare.losses import ExpectedLosses
+from fewbits.compare.machine import Trial
 from fewbits.compare.positions import EDGES, by_confidence, by_text, histogram, worst_tokens
 from fewbits.compare.sweep import Made, Sweep
 from fewbits.compare.tensors import tensor_rows
@@ -33,7 +36,7 @@ from fewbits.measure.yardstick import Yardstick, calibration_marks, check_engine
 from fewbits.plan.directory import is_directory_target
 from fewbits.report import render
 from fewbits.report.ranking import summary
-from fewbits.report.schema import Candidate, ComparisonReport, MemoryLine, ReferenceUsed, TextMeasured
+from fewbits.report.schema import Candidate, ComparisonReport, MemoryLine, ReferenceUsed, SensitivityUsed, TextMeasured
 from fewbits.version import __version__
 
 PAGE, DATA = ".html", ".json"
@@ -59,6 +62,9 @@ def compare(
     memory: str | None = None,
     noise_floor: bool = True,
     weight_errors: bool = True,
+    sensitivity: str | Path | None = None,
+    speed: bool = False,
+    peak_memory: bool = False,
     cache: bool | Path = True,
     threads: int | None = None,
     overwrite: bool = False,
@@ -83,6 +89,9 @@ def compare(
         gpu: a card by name, `memory` a size such as `8GB`: what the user has.
         noise_floor: also measure the reference against its own bfloat16 rounding.
         weight_errors: also compare each matrix with the reference's.
+        sensitivity: statistics that `calibrate` made with sensitivities: what each matrix's error is expected to cost.
+        speed: also time GGUF candidates in llama.cpp on this machine's processor.
+        peak_memory: also measure there what memory they take at `context` tokens.
         cache: keep the reference's answers for later runs, in the default cache folder or the one given.
         threads: None means all cores.
         overwrite: replace outputs that exist.
@@ -103,6 +112,11 @@ def compare(
     passages = [read_text(path) for path in paths]
     base, clock = open_model(reference), Clock()
     given = [open_model(candidate) for candidate in candidates]
+    trial = Trial(speed, peak_memory, kv, threads or os.cpu_count() or 1)
+    trial.check(
+        any(isinstance(m.checkpoint, GGUFCheckpoint) for m in given) or not all(map(is_directory_target, sweep))
+    )
+    expected = _expected(base, sensitivity, weight_errors)
     for model in given:
         check_engine(engine, kv, model)
         for passage in passages:
@@ -127,7 +141,7 @@ def compare(
         yardstick = Yardstick(
             base, passages, ruler, chunks=chunks, cache=cache, threads=threads, clock=clock, progress=progress
         )
-        run = _Run(base, name, yardstick, engine, kv, question, weight_errors, progress)
+        run = _Run(base, name, yardstick, engine, kv, question, weight_errors, expected, trial, progress)
         overlap = _overlap(passages, made.texts)
         line = question.line()
         found = [run.candidate(model, label) for model, label in zip(given, _labels(given, sweep), strict=True)]
@@ -145,12 +159,15 @@ def compare(
             "--context": [context],
             "--gpu": [gpu],
             "--memory": [memory],
+            "--sensitivity": [sensitivity],
+            "--threads": [threads],
             "--sweep": [",".join(sweep) or None],
             "--calibration": learned,
             "--calibration-chunks": [calibration_chunks],
             "--output": [output],
         }
-        report = run.report(found, line, overlap, noise_floor, _command(reference, candidates, flags))
+        switches = {"--speed": speed, "--peak-memory": peak_memory}
+        report = run.report(found, line, overlap, noise_floor, _command(reference, candidates, flags, switches))
     if files is not None:
         _write(report, *files)
     return report
@@ -167,6 +184,8 @@ class _Run:
     kv: str | None
     question: MemoryQuestion
     weight_errors: bool
+    expected: ExpectedLosses | None
+    trial: Trial
     progress: Progress | None
     version: str = field(default="", init=False)
 
@@ -189,8 +208,10 @@ class _Run:
         with clock.step("hash files"):
             hashes = facts.hashed(files)
         with clock.step("compare weights"):
-            rows = tensor_rows(self.base, model, self.weight_errors, self.yardstick.progress)
+            rows = tensor_rows(self.base, model, self.weight_errors, self.yardstick.progress, self.expected)
         estimated, complaint = self.question.ask(model)
+        with clock.step("try out"):
+            speed, footprint, more = self.trial.run(model, self.question.tokens(model))
         return Candidate(
             label=label,
             path=str(model.path),
@@ -216,7 +237,9 @@ class _Run:
             measure_seconds=time.perf_counter() - started,
             engines=facts.engines(model, target),
             calibrated_on=calibration_marks(model)[:16],
-            warnings=[*found.warnings, *(made.notes if made else []), *complaint],
+            warnings=[*found.warnings, *(made.notes if made else []), *complaint, *more],
+            speed=speed,
+            footprint=footprint,
         )
 
     def report(
@@ -263,6 +286,7 @@ class _Run:
             summary=summary(self.name, found, windows.targets.size, floor is not None, line),
             seconds=self.yardstick.clock.seconds,
             warnings=_common_warnings(found),
+            sensitivity=_sensitivity(self.expected),
         )
 
     def _named(self, label: str) -> Progress | None:
@@ -355,9 +379,31 @@ def _write(report: ComparisonReport, page_file: Path, data_file: Path) -> None:
             stream.write(content.encode("utf-8"))
 
 
-def _command(reference: str | Path, candidates: Sequence[str | Path], flags: dict[str, Sequence[object]]) -> str:
+def _expected(reference: Model, file: str | Path | None, weight_errors: bool) -> ExpectedLosses | None:
+    """What errors of the reference's matrices cost, where that is asked for."""
+    if file is None:
+        return None
+    if not weight_errors:
+        raise FewbitsError("Sensitivities weigh the errors of the weights.", "Leave out --no-weight-errors.")
+    return ExpectedLosses(reference, Path(file))
+
+
+def _sensitivity(expected: ExpectedLosses | None) -> SensitivityUsed | None:
+    if expected is None:
+        return None
+    sha256 = facts.hashed([expected.path])[0].sha256
+    return SensitivityUsed(path=str(expected.path), sha256=sha256, datasets=expected.datasets)
+
+
+def _command(
+    reference: str | Path,
+    candidates: Sequence[str | Path],
+    flags: dict[str, Sequence[object]],
+    switches: dict[str, bool],
+) -> str:
     """The command line that asks for the same."""
     words = ["fewbits", "compare", str(reference), *map(str, candidates)]
+    words += [switch for switch, on in switches.items() if on]
     for flag, values in flags.items():
         words += [word for value in values if value is not None for word in (flag, str(value))]
     return shlex.join(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fewbits.checkpoint import GGUFCheckpoint, Model
 from fewbits.codecs import CODECS
+from fewbits.compare.losses import Counted, ExpectedLosses
 from fewbits.forward.streamed import Progress
 from fewbits.report.schema import TensorRow
 
@@ -35,17 +36,28 @@ class _Sums:
     squared_error: float = 0.0
     squares: float = 0.0
     comparable: bool = True
+    losses: list[float | None] = field(default_factory=list)
 
     def row(self, layer: int | None, role: str) -> TensorRow:
         error = self.squared_error / self.squares if self.comparable and self.squares else None
-        types = "+".join(sorted(set(self.types)))
+        known = [loss for loss in self.losses if loss is not None]
         return TensorRow(
-            role=role, layer=layer, type=types, bits=self.bits / self.n_weights, n_weights=self.n_weights, error=error
+            role=role,
+            layer=layer,
+            type="+".join(sorted(set(self.types))),
+            bits=self.bits / self.n_weights,
+            n_weights=self.n_weights,
+            error=error,
+            loss=sum(known) if error is not None and len(known) == len(self.types) else None,
         )
 
 
 def tensor_rows(
-    reference: Model, candidate: Model, errors: bool = True, progress: Progress | None = None
+    reference: Model,
+    candidate: Model,
+    errors: bool = True,
+    progress: Progress | None = None,
+    expected: ExpectedLosses | None = None,
 ) -> list[TensorRow]:
     """All matrices of a candidate, layer by layer, one read at a time.
 
@@ -53,6 +65,7 @@ def tensor_rows(
 
     Args:
         errors: False reads no weights and leaves the errors out.
+        expected: tells what errors cost; None leaves the losses out.
     """
     sums: dict[tuple[int | None, str], _Sums] = {}
     scales = MovedScales(reference, candidate) if errors else None
@@ -69,9 +82,11 @@ def tensor_rows(
             entry.comparable = False
         elif entry.comparable:
             original = reference.read(name)
-            error, squares = _squares(original, scales.undone(name, original, candidate.read(name)))
+            counted = expected.counted(name) if expected else []
+            error, squares, loss = _squares(original, scales.undone(name, original, candidate.read(name)), counted)
             entry.squared_error += error
             entry.squares += squares
+            entry.losses.append(loss if counted else None)
         if progress:
             progress(done + 1, len(names), "matrices compared")
     return [entry.row(layer, role) for (layer, role), entry in sorted(sums.items(), key=_Order(candidate))]
@@ -107,13 +122,15 @@ class _Order:
         return layer, self.rank.get(role, len(self.rank))
 
 
-def _squares(reference: Floats, candidate: Floats) -> tuple[float, float]:
-    """Squared error and the reference's sum of squares; float64 sums of slabs."""
-    error = squares = 0.0
+def _squares(reference: Floats, candidate: Floats, counted: Sequence[Counted]) -> tuple[float, float, float]:
+    """Squared error, the reference's sum of squares, and what the error costs; float64 sums of slabs."""
+    error = squares = loss = 0.0
     for rows in _slabs(reference.shape):
-        error += float(np.square(candidate[rows] - reference[rows]).sum(dtype=np.float64))
+        off = np.square(candidate[rows] - reference[rows])
+        error += float(off.sum(dtype=np.float64))
         squares += float(np.square(reference[rows]).sum(dtype=np.float64))
-    return error, squares
+        loss += sum(one.loss(off, rows) for one in counted)
+    return error, squares, loss
 
 
 def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -1,16 +1,19 @@
 """How ecosystems store quantized weights. Importing this package fills the registry."""
 
-from fewbits.layouts import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq
-from fewbits.layouts.base import LAYOUTS, Arrays, Layout, Part
+from fewbits.layouts import awq, bitsandbytes, compressed_tensors, exl2, exl3, fp8, gptq, hqq
+from fewbits.layouts.base import LAYOUTS, Arrays, Layout, Made, Part
 
 __all__ = [
     "LAYOUTS",
     "Arrays",
     "Layout",
+    "Made",
     "Part",
     "awq",
     "bitsandbytes",
     "compressed_tensors",
+    "exl2",
+    "exl3",
     "fp8",
     "gptq",
     "hqq",

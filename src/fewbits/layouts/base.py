@@ -39,6 +39,26 @@ class Part:
         return ITEM_BYTES[self.dtype] * prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What configurations tell of how a checkpoint was made.
+
+    Attributes:
+        bits: the mean over the linears of decoder blocks, bits per weight.
+        head_bits: None where the head is as it was.
+        windows, length: of the text that calibrated it, in tokens.
+        text: its names.
+        modules: every quantized module's layout and shape [out, in].
+    """
+
+    bits: float
+    head_bits: int | None
+    windows: int
+    length: int
+    text: str
+    modules: Mapping[str, tuple[Layout, tuple[int, int]]]
+
+
 class Layout(ABC):
     """One target of an ecosystem; immutable. Subclasses are frozen dataclasses that fill the registry by being defined.
 
@@ -62,6 +82,14 @@ class Layout(ABC):
     """Regular expression of targets that leave the bits open (`g64`), where modules of one checkpoint may differ."""
     widths: ClassVar[tuple[int, ...]] = ()
     """The bits that such a target chooses among."""
+    old_rope_keys: ClassVar[bool] = False
+    """Whether engines want the keys of config.json that transformers 5 keeps in `rope_parameters`."""
+    mean_bits: ClassVar[tuple[float, float] | None] = None
+    """Least and most bits per weight that a target may name as the mean over linears of different bits (`4.25`)."""
+    mean_counts_scales: ClassVar[bool] = True
+    """Whether that mean counts all that is stored of a linear, or its codes alone."""
+    head_widths: ClassVar[tuple[int, ...]] = ()
+    """Bits that the head can have, in ecosystems that quantize it; else it stays as it is."""
     rare_widths: ClassVar[tuple[int, ...]] = ()
     """Those of them that few engines take: chosen where they are asked for by name."""
     methods: ClassVar[tuple[str, ...]] = ()
@@ -99,8 +127,28 @@ class Layout(ABC):
         """
 
     @classmethod
-    def members(cls, spec: str) -> dict[int, Layout]:
-        """By bits, the layouts among which a target chooses that leaves them open; of other targets, none.
+    def rate(cls, spec: str) -> float | None:
+        """The mean of the bits per weight that a target names; None for targets that name no mean.
+
+        Raises:
+            FewbitsError: out of reach.
+        """
+        if cls.mean_bits is None or not re.fullmatch(r"\d+(\.\d+)?(bpw)?", spec):
+            return None
+        least, most = cls.mean_bits
+        value = float(spec.removesuffix("bpw"))
+        if not least <= value <= most:
+            raise FewbitsError(f"{cls.name}:{spec}: out of reach.", f"Take {least:g} to {most:g} bits per weight.")
+        return value
+
+    @classmethod
+    def for_head(cls, bits: int) -> Layout:
+        """The layout of a head of these bits, one of `head_widths`."""
+        raise NotImplementedError(cls.name)
+
+    @classmethod
+    def members(cls, spec: str) -> tuple[Layout, ...]:
+        """The layouts among which a target chooses that leaves the bits open, fewest bits first; of others, none.
 
         Args:
             spec: what the target names after the colon, e.g. `g64`.
@@ -109,9 +157,9 @@ class Layout(ABC):
             FewbitsError: it is of this kind and names what there is not.
         """
         if not cls.open_specs or not re.fullmatch(cls.open_specs, spec):
-            return {}
+            return ()
         try:
-            return {bits: cls.from_spec(f"w{bits}{spec}") for bits in cls.widths}
+            return tuple(cls.from_spec(f"w{bits}{spec}") for bits in cls.widths)
         except FewbitsError as error:
             raise FewbitsError(f"Unknown target '{cls.name}:{spec}'.", error.hint) from None
 
@@ -205,6 +253,14 @@ class Layout(ABC):
     def beside(self, others: Others) -> Layout:
         """This layout in a checkpoint some of whose modules have another, where its configuration tells of that."""
         return self
+
+    def told(self, made: Made) -> Layout:
+        """This layout with what its configuration is to tell of the whole checkpoint, where it tells that."""
+        return self
+
+    def of_type(self, storage: str) -> Layout | None:
+        """The layout like this one of a storage type by name, where types are too many to be listed as members."""
+        return None
 
     def extra_files(self, kept: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Further JSON files that loaders of the ecosystem look for, by file name."""

@@ -58,15 +58,21 @@ ENGINE_FACTS = (
     EngineFact(VLLM, "CUDA", r"fp8:.*", "should run", "2026-11", "from compute capability 8.9"),
     EngineFact(VLLM, "CPU, CUDA", r"(bnb|hqq):.*", "refuses", "2026-11", "not among its methods"),
     EngineFact(
-        CT, "CPU", r"ct:(?!w\d+a16.*-asym).*", "runs", "2026-11-21", "FP4 in bfloat16 only, NVFP4 without experts"
+        CT, "CPU", r"ct:(?!(w\d+)?a16.*-asym).*", "runs", "2026-11-21", "FP4 in bfloat16 only, NVFP4 without experts"
     ),
     EngineFact(
-        CT, "CPU", r"ct:w\d+a16.*-asym", "refuses", "2026-11-21", "expects zero points unpacked; 5.17 reads them"
+        CT, "CPU", r"ct:(w\d+)?a16.*-asym", "refuses", "2026-11-21", "expects zero points unpacked; 5.17 reads them"
     ),
     EngineFact(BITSANDBYTES, "CPU", r"bnb:.*", "runs", "2026-11-21"),
     EngineFact(BITSANDBYTES, "CUDA", r"bnb:.*", "should run", "2026-11"),
     EngineFact(TRANSFORMERS, "CPU", r"fp8:.*", "runs", "2026-11-21", "decoded to plain linears"),
     EngineFact(TRANSFORMERS, "CPU, CUDA", r"hqq:.*", "refuses", "2026-11", "HQQ is not available in transformers 5"),
+    EngineFact(
+        *("exllamav2 0.3.2", "CUDA, ROCm", r"exl2:.*", "should run", "2026-11"),
+        "never run here; stands in for it: its arithmetic, simulated bit by bit",
+    ),
+    EngineFact("exllamav3 1.6", "CUDA", r"exl3:.*", "should run", "2026-11", "never run here"),
+    EngineFact(VLLM, "CPU, CUDA", r"exl[23]:.*", "refuses", "2026-11", "not among its methods"),
     EngineFact("hqq 0.2.8", "CPU", r"hqq:.*", "runs", "2026-11-21", "layer by layer, see docs/checkpoints.md"),
 )
 

@@ -17,7 +17,7 @@ from fewbits.memory.shape import ModelShape
 from fewbits.memory.skeleton import Skeleton, bound_tensors, gguf_skeleton
 from fewbits.memory.source import Described
 from fewbits.plan import MixtureOptions, ModelFacts, SourceTensor, plan_tensors
-from fewbits.plan.directory import is_directory_target, plain_dtype, plan_directory, target
+from fewbits.plan.directory import is_directory_target, nbytes_on_average, plain_dtype, plan_directory, target
 from fewbits.plan.presets import PRESETS, preset
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -179,7 +179,8 @@ def _as_directory(described: Described, shape: ModelShape, wanted: str | None) -
     chosen = target(wanted, None, calibrated=True)
     chosen = replace(chosen, layout=chosen.layout.for_floats(plain_dtype(tensors, chosen.layout)))
     planned, notes = plan_directory(config, tensors, chosen)
-    return Loaded(tuple(_weight(t.name, t.shape, t.codec, t.nbytes) for t in planned), chosen.name, tuple(notes))
+    weights = tuple(_weight(t.name, t.shape, t.codec, nbytes_on_average(t, chosen)) for t in planned)
+    return Loaded(weights, chosen.name, tuple(notes))
 
 
 def _plain(name: str, shape: tuple[int, ...], dtype: str) -> Weight:

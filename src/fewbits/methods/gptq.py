@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+
 import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
 from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.codecs.row_groups import RowGroups
 from fewbits.codecs.scaled import Quantized, Scaled
+from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
+from fewbits.methods import gptq_row_groups
 from fewbits.methods.base import Factor, Known, Method
 
 DAMPING = 0.01
@@ -79,6 +84,14 @@ class GPTQ(Method):
         low, width = kind.ranges(found, weights.shape)
         levels, uniform = kind.ladder01()
         return kind.from_ranks(feed(weights, low, width, levels, uniform, known.factor), found)
+
+    @classmethod
+    def make(
+        cls, weights: npt.NDArray[np.float32], kind: StorageType, known: Known, pool: Executor | None = None
+    ) -> Coded:
+        if isinstance(kind, RowGroups):
+            return gptq_row_groups.quantize(weights, kind, known, pool)
+        return super().make(weights, kind, known, pool)
 
 
 def feed(

@@ -8,7 +8,7 @@ the Lagrangian says how far from the best that can be at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd, inf
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.errors import FewbitsError
+from fewbits.layouts import Layout
 
 STATES = 1 << 17
 """Sizes that the program tells apart: with 200 tensors some 30 MB of choices and a second or two."""
@@ -35,6 +36,18 @@ class Option:
     name: str
     nbytes: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An option of linears that are decided together.
+
+    Attributes:
+        layouts: of each linear, by its weight's stored name.
+    """
+
+    option: Option
+    layouts: Mapping[str, Layout]
 
 
 @dataclass(frozen=True)

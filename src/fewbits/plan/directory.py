@@ -18,7 +18,9 @@ from fewbits.errors import FewbitsError
 from fewbits.layouts import LAYOUTS, Layout
 from fewbits.plan.schema import Plan, PlannedTensor
 
-CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant")
+HEAD, HEAD_WEIGHT = "head", "lm_head.weight"
+HEAD_BITS, UNQUANTIZED = 6, 16
+CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant", "ldlq")
 """Methods that look at what text makes of a model."""
 
 
@@ -31,12 +33,16 @@ class Target:
         layout: of every quantized linear; of an open target, what its members have in common.
         method: of the weights.
         members: of an open target, the layouts to choose among, fewest bits first.
+        rate: of an open target that names it, the mean of the bits per weight.
+        head: layout of the head, where it is quantized, too.
     """
 
     name: str
     layout: Layout
     method: str
     members: tuple[Layout, ...] = ()
+    rate: float | None = None
+    head: Layout | None = None
 
     @property
     def open(self) -> bool:
@@ -49,16 +55,20 @@ class Target:
         Raises:
             FewbitsError: this target has no such type.
         """
-        for layout in (self.layout, *self.members):
+        heads = (self.head,) if self.head else ()
+        for layout in (self.layout, *self.members, *heads):
             if layout.type.name == storage:
                 return layout
+        if (found := self.layout.of_type(storage)) is not None and self.members:
+            return found
         known = ", ".join(dict.fromkeys(layout.type.name for layout in (self.members or (self.layout,))))
         raise FewbitsError(f"{self.name} has no type {storage!r}.", f"It has {known}.")
 
     def for_floats(self, dtype: str) -> Target:
         """This target in a directory whose other tensors are of this type; see `Layout.for_floats`."""
         members = tuple(layout.for_floats(dtype) for layout in self.members)
-        return replace(self, layout=self.layout.for_floats(dtype), members=members)
+        head = self.head.for_floats(dtype) if self.head else None
+        return replace(self, layout=self.layout.for_floats(dtype), members=members, head=head)
 
     def among(self, types: Sequence[str]) -> Target:
         """An open target with these types alone: `w4`, `4`, or names such as `INT4_G128`; none for the usual ones.
@@ -98,7 +108,9 @@ def directory_targets() -> dict[str, str]:
     }
 
 
-def target(name: str, method: str | None, calibrated: bool, decided: bool = False) -> Target:
+def target(
+    name: str, method: str | None, calibrated: bool, decided: bool = False, head_bits: int | None = None
+) -> Target:
     """Find out what a target asks for.
 
     Args:
@@ -106,6 +118,7 @@ def target(name: str, method: str | None, calibrated: bool, decided: bool = Fals
         method: None for what the ecosystem's own tools would do, or what comes nearest without calibration.
         calibrated: whether there is text to calibrate with.
         decided: whether there is a budget or a saved plan, by which an open target chooses its types.
+        head_bits: for ecosystems that quantize the head; None for the usual 6, 16 to leave it as it is.
 
     Raises:
         FewbitsError: unknown target or method, a method that does not make this type, or one that needs calibration;
@@ -114,13 +127,13 @@ def target(name: str, method: str | None, calibrated: bool, decided: bool = Fals
     family, _, spec = name.strip().lower().partition(":")
     if family not in LAYOUTS:
         raise FewbitsError(f"Unknown target {name!r}.", f"Known: {', '.join(directory_targets())}.")
-    members = tuple(LAYOUTS[family].members(spec).values())
-    if members and not decided:
+    rate, members = LAYOUTS[family].rate(spec), LAYOUTS[family].members(spec)
+    if members and not decided and rate is None:
         raise FewbitsError(
             f"{name}: the target leaves the bits open.",
             f"Pass --bpw, --size, --fit or a saved --plan, or name them: {family}:w4{spec}.",
         )
-    layout = _usual(members) if members else LAYOUTS[family].from_spec(spec)
+    layout = _usual(members, rate or 4) if members else LAYOUTS[family].from_spec(spec)
     fitting = methods_for(layout)
     if method is None:
         method = next(known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
@@ -135,15 +148,33 @@ def target(name: str, method: str | None, calibrated: bool, decided: bool = Fals
         others = [known for known in fitting if known not in CALIBRATED]
         way_out = f"; or do without: --method {others[0]}" if others else ""
         raise FewbitsError(f"{name}: {method} needs calibration.", f"Pass --calibration TEXT{way_out}.")
-    found = Target(f"{family}:{spec}", layout, method, members)
+    head = _head(family, head_bits)
+    found = Target(f"{family}:{spec}", layout, method, members, rate if members else None, head)
     if found.calibrated and not calibrated:
         raise FewbitsError(f"{name}: the scales of its activations need calibration.", "Pass --calibration TEXT.")
     return found
 
 
-def _usual(members: Sequence[Layout]) -> Layout:
-    """The one that stands for all of them where they are alike: of 4 bits, or the nearest to that."""
-    return min(members, key=lambda layout: abs(layout.type.bits - 4))
+def _usual(members: Sequence[Layout], bits: float = 4) -> Layout:
+    """The one that stands for all of them where they are alike: of so many bits, or the nearest to that."""
+    return min(members, key=lambda layout: abs(layout.type.bits - bits))
+
+
+def _head(family: str, bits: int | None) -> Layout | None:
+    """The layout of the head.
+
+    Raises:
+        FewbitsError: the ecosystem leaves it as it is, or has no such bits.
+    """
+    widths = LAYOUTS[family].head_widths
+    if bits is None and not widths:
+        return None
+    if not widths:
+        raise FewbitsError(f"{family}: the head stays as it is.", "Leave out --head-bits.")
+    if bits not in (None, UNQUANTIZED, *widths):
+        known = ", ".join(map(str, widths))
+        raise FewbitsError(f"{family}: a head of {bits} bits is not known.", f"Take {known}, or 16 to leave it.")
+    return None if bits == UNQUANTIZED else LAYOUTS[family].for_head(bits or HEAD_BITS)
 
 
 def _needs(family: str) -> bool:
@@ -213,10 +244,21 @@ def plan_directory(
         else _as_it_is(name, shape, dtype, chosen.layout, name in kept)
         for name, (shape, dtype) in stored.items()
     ]
+    if chosen.head is not None:
+        source = arch.head_source(config, {name: shape for name, (shape, _) in stored.items()})
+        tensors = _with_head(tensors, chosen.head, chosen.method, source)
     notes = [f"{len(kept)} linear layers stay as they are"] if kept else []
     if chosen.layout.type.shares_a_scale and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
         notes.append("transformers 5.23 loads NVFP4 experts wrongly, without their global scale: for vLLM only")
     return tensors, notes
+
+
+def _with_head(tensors: list[PlannedTensor], layout: Layout, method: str, source: str) -> list[PlannedTensor]:
+    """The head quantized as well; where it shares the embeddings' matrix, it gets codes of its own beside them."""
+    plain = next(tensor for tensor in tensors if tensor.name == source)
+    tied = source != HEAD_WEIGHT
+    head = in_layout(plain.model_copy(update={"name": HEAD_WEIGHT}), layout, method, HEAD)
+    return [*tensors, head] if tied else [head if tensor is plain else tensor for tensor in tensors]
 
 
 def _kept(linears: Sequence[arch.DecoderLinear], keep: Sequence[str]) -> set[str]:
@@ -287,6 +329,15 @@ def in_layout(tensor: PlannedTensor, layout: Layout, method: str, reason: str) -
     nbytes = sum(part.nbytes for part in layout.parts(matrix).values())
     update = {"codec": layout.type.name, "method": method, "nbytes": nbytes, "reason": reason}
     return tensor.model_copy(update=update)
+
+
+def nbytes_on_average(tensor: PlannedTensor, chosen: Target) -> int:
+    """What a planned tensor takes where its target names a mean of bits: of a linear, what that mean comes to."""
+    if chosen.rate is None or tensor.method in ("copy", "convert") or tensor.reason == HEAD:
+        return tensor.nbytes
+    codes = chosen.layout_of(tensor.codec).type.bits * tensor.n_weights / 8
+    beside = 0 if chosen.layout.mean_counts_scales else tensor.nbytes - codes
+    return round(chosen.rate * tensor.n_weights / 8 + beside)
 
 
 def _as_it_is(name: str, shape: tuple[int, ...], dtype: str, layout: Layout, kept: bool) -> PlannedTensor:

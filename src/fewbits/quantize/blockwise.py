@@ -8,7 +8,7 @@ In memory: one block, the Hessian of one input, and the windows' activations at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -116,11 +116,11 @@ class BlockwiseRun:
 
     @property
     def wants_hessians(self) -> bool:
-        return bool({"gptq", "awq", "awq+gptq"} & set(self.planned.values()))
+        return bool({"gptq", "awq", "awq+gptq", "ldlq"} & self.methods)
 
     @property
-    def feeds_back(self) -> bool:
-        return bool({"gptq", "awq+gptq"} & set(self.planned.values()))
+    def methods(self) -> set[str]:
+        return set(self.planned.values())
 
     def _products(self) -> torch.autocast:
         # without its cache, which would go on with the weights as they were before they were quantized
@@ -148,22 +148,37 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            known = replace(known_of(inputs, expert, self.feeds_back), amax=amax)
+            known = replace(known_of(inputs, expert, self.methods), amax=amax)
             for name in names:
-                weights = np.ascontiguousarray(views[name].cpu().numpy())
-                try:
-                    layout, method = self.layouts[name], self.planned[name]
-                    arrays, decoded = quantize_matrix(weights, layout, method, known, self.pool)
-                except FewbitsError as error:
-                    raise FewbitsError(f"{name}: {error.message}", error.hint) from None
-                self.put(name, arrays)
+                decoded = self._make(name, np.ascontiguousarray(views[name].cpu().numpy()), known)
                 views[name].copy_(torch.from_numpy(decoded))
                 if not inputs.counts[expert]:
                     self.without_data.append(name)
 
+    def _make(self, name: str, weights: Floats, known: Known) -> Floats:
+        """Quantize one weight; returns what engines decode."""
+        try:
+            layout, method = self.layouts[name], self.planned[name]
+            arrays, decoded = quantize_matrix(weights, layout, method, known, self.pool)
+        except FewbitsError as error:
+            raise FewbitsError(f"{name}: {error.message}", error.hint) from None
+        self.put(name, arrays)
+        return decoded
 
-def known_of(inputs: Inputs, expert: int, feeds_back: bool) -> Known:
-    """What the windows say of one input. An expert that no token reached is left to the searched scales."""
+    def head(self, name: str, weights: Floats) -> None:
+        """Quantize the head, the windows having passed all blocks; they are normed in place."""
+        self.streamed.norm(self.stream)
+        inputs = Inputs.empty((name,), 1, self.stream.hidden, self.wants_hessians, ENERGY_CAP, self.rough)
+        for batch in self.stream.batches:
+            inputs.add(self.stream.hidden[batch].flatten(0, 1))
+        self._make(name, weights, known_of(inputs, 0, self.methods))
+
+
+def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
+    """What the windows say of one input, in the forms that these methods use.
+
+    An expert that no token reached is left to the searched scales.
+    """
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
     if not count:
         # activations have a scale all the same: that of the other experts
@@ -174,4 +189,6 @@ def known_of(inputs: Inputs, expert: int, feeds_back: bool) -> Known:
     mean = (hessian / count).cpu().numpy()
     known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
-    return replace(known, factor=factorize(mean)) if feeds_back and count >= len(mean) else known
+    if count < len(mean):
+        return known
+    return replace(known, factor=factorize(mean)) if {"gptq", "awq+gptq"} & set(methods) else known

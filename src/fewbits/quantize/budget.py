@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import padded
 from fewbits.memory import memory
+from fewbits.memory.weights import EMBEDDINGS
 from fewbits.plan import Plan, PlannedFile, PlannedTensor, default_method, tensor_type
 from fewbits.plan.budget import Option, Spent, spend
 from fewbits.plan.presets import FLOAT_TYPES
@@ -27,6 +28,8 @@ K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 CODEBOOKS = ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S")
 WITH_CALIBRATION = ("IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """What is too coarse to be chosen without knowing which columns matter."""
+HEAD = "output.weight"
+IN_RAM = "stays in RAM, beside the card"
 SHORT_ROWS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")
 """For rows that are no multiple of 256."""
 
@@ -39,11 +42,12 @@ class Budget:
         size: most bytes of all files together.
         bpw: most bits per weight: over all tensors of a GGUF, embeddings included; over the quantized linears of a
             directory.
-        fit: bytes of memory that the model has to run in, as a whole on one device: in llama.cpp, or for a directory
-            in vLLM or transformers.
+        fit: bytes of a graphics card's memory that the model has to run in with all layers: in llama.cpp, or for a
+            directory in vLLM or transformers.
         context: for `fit`: tokens of the KV cache; None means the engine's default.
         kv: for `fit`: type of the KV cache.
         types: only these; empty for all that are worth having.
+        on_card: whether `size` counts only what llama.cpp loads onto a card that has all layers; see `as_size`.
     """
 
     size: int | None = None
@@ -52,6 +56,7 @@ class Budget:
     context: int | None = None
     kv: str = "f16"
     types: tuple[str, ...] = ()
+    on_card: bool = False
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.size, self.bpw, self.fit)) != 1:
@@ -65,9 +70,9 @@ class Budget:
             )
 
     def as_size(self, model: str | Path) -> Budget:
-        """The budget with what else is kept in memory taken off.
+        """The budget with what else is kept in memory taken off: what is left for weights on the card.
 
-        The embeddings count, too, though llama.cpp leaves them in RAM where the head has a matrix of its own.
+        llama.cpp leaves the embeddings in RAM, and makes a copy on the card where they are the head as well.
 
         Raises:
             FewbitsError: nothing is left for weights, or the model's needs are not known.
@@ -83,11 +88,18 @@ class Budget:
                 f"{model}: KV cache, buffers and margin alone take {rest} bytes at a context of {needs.context}.",
                 "Take a shorter --context, or --kv q8_0.",
             )
-        return Budget(size=self.fit - rest, types=self.types)
+        return Budget(size=self.fit - rest, types=self.types, on_card=True)
 
     def bytes_for_tensors(self, skeleton: Plan, overhead: int) -> int:
-        """What the tensors may take together, padding included."""
-        return int(skeleton.n_weights * self.bpw / 8) if self.bpw is not None else (self.size or 0) - overhead
+        """What the tensors that count may take together, padding included."""
+        if self.bpw is not None:
+            return int(skeleton.n_weights * self.bpw / 8)
+        return (self.size or 0) - (0 if self.on_card else overhead)
+
+    def beside(self, tensors: Sequence[PlannedTensor]) -> set[str]:
+        """The tensors that do not count."""
+        names = {tensor.name for tensor in tensors}
+        return names & set(EMBEDDINGS) if self.on_card and HEAD in names else set()
 
 
 def plan_budget(
@@ -126,19 +138,24 @@ def plan_budget(
     by_name = {tensor.name: tensor for tensor in source.tensors}
     losses = appraisal.losses([by_name[t.name] for t in free], types, threads or os.cpu_count() or 1, progress)
     shards = shards_of(skeleton, source.metadata, output)
-    fixed = sum(padded(t.nbytes) for t in skeleton.tensors if t.reason != "copied")
+    beside = budget.beside(skeleton.tensors)
+    fixed = sum(padded(t.nbytes) for t in skeleton.tensors if t.reason != "copied" and t.name not in beside)
     headers = sum(len(shard.header) for shard in shards)
     room = budget.bytes_for_tensors(skeleton, headers) - fixed
-    options = [_options(tensor, losses[tensor.name]) for tensor in free]
+    options = [
+        [_best(losses[tensor.name])] if tensor.name in beside else _options(tensor, losses[tensor.name])
+        for tensor in free
+    ]
     spent = spend(options, room)
     chosen = {
-        tensor.name: _typed(tensor, of[pick].name, "least loss within the budget")
+        tensor.name: _typed(tensor, of[pick].name, IN_RAM if tensor.name in beside else "least loss within the budget")
         for tensor, of, pick in zip(free, options, spent.picks, strict=True)
     }
     tensors = [chosen.get(tensor.name, tensor) for tensor in skeleton.tensors]
     plan = skeleton.model_copy(update={"tensors": tensors})
     files = [PlannedFile(name=s.path.name, size=s.nbytes) for s in shards_of(plan, source.metadata, output)]
-    return plan.model_copy(update={"files": files, "notes": [*plan.notes, *_notes(spent, room, statistics)]})
+    notes = [f"{name} {IN_RAM}: {chosen[name].nbytes} bytes" for name in sorted(beside & chosen.keys())]
+    return plan.model_copy(update={"files": files, "notes": [*plan.notes, *_notes(spent, room, statistics), *notes]})
 
 
 def _types(tensor: PlannedTensor, budget: Budget, calibrated: bool) -> list[str]:
@@ -167,6 +184,13 @@ def _typed(tensor: PlannedTensor, to: str, reason: str) -> PlannedTensor:
 
 def _options(tensor: PlannedTensor, losses: Mapping[str, float]) -> list[Option]:
     return [Option(name, padded(codec(name).nbytes(tensor.shape)), loss) for name, loss in losses.items()]
+
+
+def _best(losses: Mapping[str, float]) -> Option:
+    """The few-bit type that loses least, for a tensor that takes nothing of the budget."""
+    known = {name: loss for name, loss in losses.items() if name not in FLOAT_TYPES} or losses
+    name = min(known, key=lambda name: known[name])
+    return Option(name, 0, known[name])
 
 
 def _notes(spent: Spent, room: int, statistics: Statistics | None) -> list[str]:

@@ -25,7 +25,7 @@ from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, En
 from fewbits.layouts import Layout
 from fewbits.methods import Known
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
-from fewbits.plan.directory import Target, alike, follow, plan_directory, siblings
+from fewbits.plan.directory import HEAD, Target, alike, follow, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.matrices import Arrays, Floats, quantize_matrix
@@ -113,10 +113,10 @@ def linears_of(model: Model) -> list[arch.DecoderLinear]:
 
 def _check_text(plan: Plan, text: CalibrationText) -> None:
     """Error feedback with fewer tokens than columns fits the text and not the model."""
-    widest = max((t.shape[1], t.name) for t in quantized_tensors(plan))
-    if any(t.method.endswith("gptq") for t in plan.tensors) and text.inputs.size < widest[0]:
+    columns, name, method = max((t.shape[1], t.name, t.method) for t in quantized_tensors(plan))
+    if any(t.method.endswith(("gptq", "ldlq")) for t in plan.tensors) and text.inputs.size < columns:
         raise FewbitsError(
-            f"The text has {text.inputs.size} tokens, {widest[1]} has {widest[0]} columns: too few for gptq.",
+            f"The text has {text.inputs.size} tokens, {name} has {columns} columns: too few for {method}.",
             "Take a longer text or more --calibration-chunks, or choose --method search.",
         )
 
@@ -124,6 +124,11 @@ def _check_text(plan: Plan, text: CalibrationText) -> None:
 def quantized_tensors(plan: Plan) -> list[PlannedTensor]:
     """The tensors that get a few-bit type."""
     return [tensor for tensor in plan.tensors if tensor.method not in ("copy", "convert")]
+
+
+def block_linears(plan: Plan) -> list[PlannedTensor]:
+    """Those of them that are linears of decoder blocks: what bits per weight are counted over."""
+    return [tensor for tensor in quantized_tensors(plan) if tensor.reason != HEAD]
 
 
 def entries_of(plan: Plan, target: Target) -> list[Entry]:
@@ -261,8 +266,15 @@ class _Run:
             if self.progress:
                 self.progress(done, total, tensor.name)
 
+    def _weights(self, tensor: PlannedTensor) -> Floats:
+        """A weight as it is; a head that shares the embeddings' matrix has no tensor of its own."""
+        name = tensor.name
+        if tensor.reason == HEAD:
+            name = arch.head_source(self.model.config, {name: self.model.shape(name) for name in self.model.names})
+        return np.ascontiguousarray(self.model.read(name), np.float32)
+
     def _one(self, tensor: PlannedTensor) -> None:
-        weights = np.ascontiguousarray(self.model.read(tensor.name), np.float32)
+        weights = self._weights(tensor)
         try:
             known = Known(amax=self._amax(tensor, weights))
             arrays = quantize_matrix(weights, self.layout(tensor), tensor.method, known)[0]
@@ -327,6 +339,9 @@ class _Run:
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough)
             )
             run.run(first, done, self.progress)
+            head = next((tensor for tensor in todo if tensor.reason == HEAD), None)
+            if head is not None and not self.writer.has(stored_as(head, target)[0].name):
+                run.head(head.name, self._weights(head))
         return _silent_experts(run.without_data)
 
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:

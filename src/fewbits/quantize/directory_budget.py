@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from fewbits import arch
-from fewbits.calibration.statistics import Sensitivity
 from fewbits.checkpoint import Model
 from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.memory import GPU, Hardware, memory
 from fewbits.memory.hardware import USABLE
-from fewbits.methods import Known, method
 from fewbits.plan import Plan, PlannedTensor
-from fewbits.plan.budget import Option, Spent, spend
+from fewbits.plan.budget import Alternative, Option, Spent, spend
 from fewbits.plan.directory import Target, alike, in_layout
 from fewbits.quantize.budget import Budget
-from fewbits.quantize.directory import DirectoryRequest, laid_out, linears_of, quantized_tensors
+from fewbits.quantize.directory import DirectoryRequest, block_linears, laid_out, linears_of
+from fewbits.quantize.directory_losses import calibrated, guessed
 from fewbits.quantize.importances import Progress
-from fewbits.quantize.losses import Losses, Sample, Weighing, appraise, some_experts, some_rows, usual_cost
-from fewbits.quantize.matrices import Floats
+from fewbits.quantize.losses import Losses
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -65,9 +58,9 @@ class Mixture:
 
 def mixture_of(plan: Plan, model: Model, target: Target) -> Mixture:
     """What the linears of a plan have become."""
-    types = {tensor.name: tensor.codec for tensor in quantized_tensors(plan)}
+    types = {tensor.name: tensor.codec for tensor in block_linears(plan)}
     sizes: Counter[str] = Counter()
-    for tensor in quantized_tensors(plan):
+    for tensor in block_linears(plan):
         sizes[tensor.codec] += tensor.n_weights
     ordered = tuple(name for name, _ in sizes.most_common())
     others = tuple(
@@ -121,16 +114,19 @@ class _Choice:
         shapes = ((tensor.shape[0], tensor.shape[1]) for tensor in self.tensors)
         return sum(part.nbytes for shape in shapes for part in layout.parts(shape).values())
 
-    def options(self, losses: Losses) -> list[Option]:
+    def alternatives(self, losses: Losses) -> list[Alternative]:
         names = [(layout, layout.type.name) for layout in self.layouts]
         return [
-            Option(name, self.nbytes(layout), sum(losses[tensor.name][name] for tensor in self.tensors))
+            Alternative(
+                Option(name, self.nbytes(layout), sum(losses[tensor.name][name] for tensor in self.tensors)),
+                {tensor.name: layout for tensor in self.tensors},
+            )
             for layout, name in names
         ]
 
 
 def _choices(plan: Plan, model: Model, target: Target) -> list[_Choice]:
-    tensors = {tensor.name: tensor for tensor in quantized_tensors(plan)}
+    tensors = {tensor.name: tensor for tensor in block_linears(plan)}
     sets = [[tensors[name] for name in names] for names in _sets(model, tensors)]
     # the target's usual layout can hold all, or there would be no plan
     return [_Choice(some, [one for one in target.members if _holds(one, some)]) for some in sets]
@@ -158,7 +154,7 @@ def check_room(plan: Plan, model: Model, target: Target, budget: Budget) -> None
     choices = _choices(plan, model, target)
     least = sum(min(choice.nbytes(layout) for layout in choice.layouts) for choice in choices)
     n_weights, fixed = _n_weights(plan), _fixed(plan)
-    if budget.bpw is not None and least * 8 > n_weights * budget.bpw:
+    if budget.bpw is not None and least > _room(plan, target, budget):
         raise FewbitsError(
             f"{target.name}: the fewest bits a weight are {least * 8 / n_weights:.3f}, the budget has {budget.bpw}.",
             "Allow more, more --types, or a larger group.",
@@ -171,13 +167,24 @@ def check_room(plan: Plan, model: Model, target: Target, budget: Budget) -> None
         )
 
 
+def _room(plan: Plan, target: Target, budget: Budget) -> int:
+    """Bytes that the linears of the blocks may take."""
+    if budget.bpw is None:
+        return (budget.size or 0) - _fixed(plan)
+    room = int(_n_weights(plan) * budget.bpw / 8)
+    if target.layout.mean_counts_scales:
+        return room
+    codes = (target.layout_of(tensor.codec).type.bits * tensor.n_weights / 8 for tensor in block_linears(plan))
+    return room + sum(tensor.nbytes for tensor in block_linears(plan)) - round(sum(codes))
+
+
 def _n_weights(plan: Plan) -> int:
-    return sum(tensor.n_weights for tensor in quantized_tensors(plan))
+    return sum(tensor.n_weights for tensor in block_linears(plan))
 
 
 def _fixed(plan: Plan) -> int:
     """Bytes of the files that are not of quantized linears."""
-    return plan.file_size - sum(tensor.nbytes for tensor in quantized_tensors(plan))
+    return plan.file_size - sum(tensor.nbytes for tensor in block_linears(plan))
 
 
 def within_budget(
@@ -186,6 +193,7 @@ def within_budget(
     request: DirectoryRequest,
     budget: Budget,
     text: CalibrationText | None = None,
+    measured: Sequence[Sequence[Alternative]] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -195,29 +203,20 @@ def within_budget(
         plan: of an open target, as `make_directory_plan` makes it.
         budget: a size or bits per weight.
         text: tells how much each linear matters; None guesses from their roles.
+        measured: what linears could become, where that is known already.
         threads: None takes every core.
 
     Raises:
         FewbitsError: the budget is too small, a weight is NaN or infinite.
     """
-    target, choices = request.target, _choices(plan, model, request.target)
-    types = {tensor.name: [one.type.name for one in choice.layouts] for choice in choices for tensor in choice.tensors}
-    cores = threads or os.cpu_count() or 1
-    if text is None:
-        parts = _guessed(model, target, types, cores)
-    else:
-        parts = _calibrated(model, target, types, text, cores, progress)
-    losses: Losses = {}
-    for part in parts:
-        losses |= part
-        if progress:
-            progress(len(losses), len(types), "appraised linears")
-    options = [choice.options(losses) for choice in choices]
-    room = int(_n_weights(plan) * budget.bpw / 8) if budget.bpw is not None else (budget.size or 0) - _fixed(plan)
+    target, cores = request.target, threads or os.cpu_count() or 1
+    alternatives = measured or _appraised(plan, model, target, text, cores, progress)
+    options = [[one.option for one in each] for each in alternatives]
+    room = _room(plan, target, budget)
     while True:
         spent = spend(options, room)
-        picked = zip(choices, spent.picks, strict=True)
-        chosen = {tensor.name: choice.layouts[pick] for choice, pick in picked for tensor in choice.tensors}
+        picked = (each[pick] for each, pick in zip(alternatives, spent.picks, strict=True))
+        chosen = {name: layout for one in picked for name, layout in one.layouts.items()}
         made = laid_out(_typed(plan, chosen, target), request)
         over = made.file_size - budget.size if budget.size is not None else 0
         if over <= 0:
@@ -225,6 +224,29 @@ def within_budget(
         room -= over  # headers grow a little with the numbers in them
     notes = [*made.notes, *_notes(made, spent, room, target, text is not None)]
     return made.model_copy(update={"notes": notes})
+
+
+def _appraised(
+    plan: Plan,
+    model: Model,
+    target: Target,
+    text: CalibrationText | None,
+    threads: int,
+    progress: Progress | None,
+) -> list[list[Alternative]]:
+    """What each set of linears could become."""
+    choices = _choices(plan, model, target)
+    types = {tensor.name: [one.type.name for one in choice.layouts] for choice in choices for tensor in choice.tensors}
+    if text is None:
+        parts = guessed(model, target, types, threads)
+    else:
+        parts = calibrated(model, target, types, text, threads, progress)
+    losses: Losses = {}
+    for part in parts:
+        losses |= part
+        if progress:
+            progress(len(losses), len(types), "appraised linears")
+    return [choice.alternatives(losses) for choice in choices]
 
 
 def _typed(plan: Plan, chosen: Mapping[str, Layout], target: Target) -> Plan:
@@ -236,109 +258,8 @@ def _typed(plan: Plan, chosen: Mapping[str, Layout], target: Target) -> Plan:
     return plan.model_copy(update={"tensors": tensors, "files": []})
 
 
-def _guessed(model: Model, target: Target, types: Mapping[str, Sequence[str]], threads: int) -> Iterator[Losses]:
-    """Losses by the linears' roles, one linear after another."""
-    views = arch.gguf_tensors(model.config, {name: model.shape(name) for name in model.names})
-    stands_for = {source: view for view in views for source in view.sources}
-    n_layer = 1 + max(linear.block for linear in linears_of(model))
-    for name, tried in types.items():
-        experts = stands_for[name].sources
-        chosen = [experts[index] for index in some_experts(len(experts))]
-
-        def samples(name: str, experts: Sequence[str] = experts, chosen: Sequence[str] = chosen) -> Iterator[Sample]:
-            if name in chosen:
-                weights, _ = _rows(model, name, target, len(chosen))
-                nats = usual_cost(stands_for[name].name, n_layer) / len(experts)
-                weighing = [Weighing.relative(weights, None, nats)]
-                yield Sample(weights, weighing, len(experts) / len(chosen), partial(_decoded, target, weights, Known()))
-
-        yield appraise(samples, {name: tried}, threads)
-
-
-def _calibrated(
-    model: Model,
-    target: Target,
-    types: Mapping[str, Sequence[str]],
-    text: CalibrationText,
-    threads: int,
-    progress: Progress | None,
-) -> Iterator[Losses]:
-    """Losses by what text makes of the unquantized model, one decoder block after another.
-
-    Codes are chosen as they will be, with error feedback if that is the method, and their errors weighed with the
-    Hessian of the inputs: coarse symmetric codes shrink weights, so that errors are not independent of each other,
-    and a diagonal alone would make 2 bits look half as bad as they are.
-    """
-    import torch
-
-    from fewbits.calibration.collect import BlockRecorder, owners
-    from fewbits.calibration.sensitivity import sensitivities
-    from fewbits.forward.streamed import StreamedModel, torch_threads
-    from fewbits.quantize.blockwise import ENERGY_CAP, known_of
-
-    with torch_threads(threads):
-        known = sensitivities(model, text, progress=progress)
-    owned = owners(model)
-    with torch_threads(threads), torch.no_grad():
-        streamed = StreamedModel(model)
-        stream = streamed.enter(text.inputs)
-        for index in range(len(streamed.layers)):
-            block = streamed.block(index)
-            recorder = BlockRecorder(True, ENERGY_CAP)
-            recorder.attach(block, streamed.block_path(index), streamed, {name: [name] for name in types})
-            streamed.run_block(index, block, stream)
-            recorder.detach()
-            found: Losses = {}
-            for inputs in recorder.inputs():
-                chosen = some_experts(len(inputs.counts))
-                for expert in range(len(inputs.counts)):
-                    names = inputs.of_expert(expert)
-                    if expert not in chosen:
-                        found |= {name: dict.fromkeys(types[name], 0.0) for name in names}
-                        continue
-                    told = known_of(inputs, expert, target.method.endswith("gptq"))
-                    share = len(inputs.counts) / len(chosen)
-
-                    def samples(
-                        name: str,
-                        told: Known = told,
-                        share: float = share,
-                        expert: int = expert,
-                        count: int = len(chosen),
-                    ) -> Iterator[Sample]:
-                        weights, rows = _rows(model, name, target, count)
-                        weighing = [_by_hessian(one, expert, rows, told) for one in known[owned[name][0]]]
-                        yield Sample(weights, weighing, share, partial(_decoded, target, weights, told))
-
-                    found |= appraise(samples, {name: types[name] for name in names}, threads)
-            yield found
-
-
-def _by_hessian(known: Sensitivity, expert: int, rows: npt.NDArray[np.int64], told: Known) -> Weighing:
-    plain = Weighing.sensitive(known, expert, rows)
-    if told.hessian is None:
-        return plain
-    scale = float(plain.columns.sum()) / max(float(told.hessian.trace()), 1e-30)
-    return Weighing(plain.rows, plain.columns, told.hessian * np.float32(scale))
-
-
-def _rows(model: Model, name: str, target: Target, matrices: int) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Rows that stand for a linear, where so many linears stand for the experts of a block, and their numbers."""
-    whole = model.read(name)
-    # groups that go along the outputs need all of them
-    rows = np.arange(len(whole)) if target.layout.type.needs_all_rows else some_rows(len(whole), matrices)
-    weights = np.ascontiguousarray(whole[rows], np.float32)
-    if not np.isfinite(weights).all():
-        raise FewbitsError(f"{model.path}: tensor {name!r} holds NaN or infinite weights.")
-    return weights, rows
-
-
-def _decoded(target: Target, weights: Floats, known: Known, to: str) -> Floats:
-    return method(target.method).make(weights, target.layout_of(to).type, known).decode()
-
-
 def _notes(plan: Plan, spent: Spent, room: int, target: Target, calibrated: bool) -> list[str]:
-    linears = quantized_tensors(plan)
+    linears = block_linears(plan)
     bits = sum(tensor.nbytes for tensor in linears) * 8 / _n_weights(plan)
     notes = [
         f"{bits:.3f} bits per weight over the {len(linears)} quantized linears, scales and zero points included",
@@ -351,9 +272,9 @@ def _notes(plan: Plan, spent: Spent, room: int, target: Target, calibrated: bool
             f"transformers gives all layers of a GPTQ checkpoint the same bits: load it with gptqmodel{served}"
         )
     if not calibrated:
-        guessed = (
+        warning = (
             "without calibration, how much a linear matters is guessed from its role, and the mixture may lose more "
             "than the same bits everywhere: pass --calibration TEXT"
         )
-        return [*notes, guessed]
+        return [*notes, warning]
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -19,19 +20,32 @@ from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE
 from fewbits.forward.text import read_text
-from fewbits.layouts import LAYOUTS
+from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
 from fewbits.methods import method as method_named
 from fewbits.plan import Plan
-from fewbits.plan.directory import Target, plain_dtype, target
+from fewbits.plan.directory import HEAD, Target, plain_dtype, target
 from fewbits.quantize.budget import Budget
-from fewbits.quantize.directory import DirectoryRequest, execute_directory, make_directory_plan, quantized_tensors
+from fewbits.quantize.directory import (
+    DirectoryRequest,
+    block_linears,
+    execute_directory,
+    make_directory_plan,
+    quantized_tensors,
+)
 from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+
+
+MEASURED, MEASUREMENT = ("exl2",), "measurement.json"
+"""Targets that try their types in the model first, and the file that keeps what was found."""
+
+LIBRARIES = {"hqq": "hqq", "exl2": "exllamav2", "exl3": "exllamav3"}
+"""What loads such a directory, where it is not transformers."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,10 @@ class DirectoryJob:
         command: the command line that asks for the same.
         dtype: storage type of most of the unquantized tensors.
         device: where calibration runs.
+        measurement: file of a measuring pass, for targets that make one: read where it exists, else written.
         text: what calibrates the model or tells how much its weights matter.
         budget: what an open target may take, until it is spent.
+        measured: what the measuring pass found, to be kept beside the weights.
     """
 
     model: Model
@@ -54,6 +70,8 @@ class DirectoryJob:
     device: str
     text: CalibrationText | None = None
     budget: Budget | None = None
+    measurement: Path | None = None
+    measured: bytes | None = None
 
     @staticmethod
     def of(
@@ -67,20 +85,26 @@ class DirectoryJob:
         device: str = "cpu",
         budget: Budget | None = None,
         edited: Path | None = None,
+        head_bits: int | None = None,
+        measurement: Path | None = None,
     ) -> DirectoryJob:
         """Make the plan; texts are tokenized, no weight is read. A budget is spent by `spent` only.
 
         Raises:
             FewbitsError: whatever would keep the directory from being made.
         """
-        chosen = _target(name, method, bool(texts), budget, edited)
+        chosen = _target(name, method, bool(texts), budget, edited, head_bits)
+        if measurement is not None and chosen.layout.name not in MEASURED:
+            raise FewbitsError(f"{name}: nothing is measured for it.", "Leave out --measurement.")
+        asked = _budget_flags(budget) if budget else []
+        if chosen.rate is not None and edited is None:
+            budget = Budget(bpw=chosen.rate)
         for file in texts:
             if not file.is_file():
                 raise FewbitsError(f"{file}: there is no such text.", "Check the path.")
         model = open_model(source)
         stored = {name: (model.shape(name), model.dtype(name)) for name in model.names}
         dtype = plain_dtype(stored, chosen.layout)
-        asked = _budget_flags(budget) if budget else []
         chosen = chosen.for_floats(dtype)
         text = _read(model, texts, chunks) if texts and (chosen.calibrated or budget) else None
         device = _device(device, text is not None and chosen.calibrated, chosen.name)
@@ -100,9 +124,9 @@ class DirectoryJob:
         words += _flags("--split-max-size", [max_shard_size] if max_shard_size else [])
         words += _flags("--device", [device] if device != "cpu" else [])
         words += [*asked, *_flags("--plan", [edited] if edited else [])]
-        return DirectoryJob(
-            model, request, plan, shlex.join(words), dtype, device, text, budget
-        )  # fmt: skip
+        words += _flags("--head-bits", [head_bits] if head_bits else [])
+        words += _flags("--measurement", [measurement] if measurement else [])
+        return DirectoryJob(model, request, plan, shlex.join(words), dtype, device, text, budget, measurement)
 
     def spent(self, threads: int | None, progress: Progress | None) -> DirectoryJob:
         """The job with its budget spent: text runs through the model, and rows of every linear are tried.
@@ -112,8 +136,23 @@ class DirectoryJob:
         """
         if self.budget is None:
             return self
-        plan = within_budget(self.plan, self.model, self.request, self.budget, self.text, threads, progress)
-        return replace(self, plan=plan, budget=None)
+        measured, found = None, None
+        if self.request.target.layout.name in MEASURED:
+            from fewbits.quantize import exl2_measurement  # imports torch, which most targets do without
+
+            assert self.text is not None
+            file = self.measurement
+            if file is not None and file.exists():
+                measured = exl2_measurement.Measurement.load(file)
+            else:
+                cores = threads or os.cpu_count() or 1
+                measured = exl2_measurement.measure_lines(self.model, self.text, cores, self.device, progress)
+                if file is not None:
+                    measured.save(file)
+            found = exl2_measurement.alternatives(measured, self.model)
+        options = (self.budget, self.text, found, threads, progress)
+        plan = within_budget(self.plan, self.model, self.request, *options)
+        return replace(self, plan=plan, budget=None, measured=measured.to_json() if measured else None)
 
     def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
@@ -125,12 +164,14 @@ class DirectoryJob:
 
     def _files(self, output: Path) -> tuple[dict[str, bytes], list[str]]:
         """Everything beside the weights, and notes on what is missing."""
-        kept, layout = self._kept(), mixture_of(self.plan, self.model, self.request.target).layout
+        kept, layout = self._kept(), mixture_of(self.plan, self.model, self.request.target).layout.told(self._made())
         beside = companions(self.model)
         config = layout.config(kept, self._quantized())
-        files = {**beside.files, "config.json": config_json(self.model, config, self.dtype)}
+        files = {**beside.files, "config.json": config_json(self.model, config, self.dtype, layout.old_rope_keys)}
         for name, content in layout.extra_files(kept).items():
             files[name] = json.dumps(content, indent=2).encode() + b"\n"
+        if self.measured is not None:
+            files[MEASUREMENT] = self.measured
         files["README.md"] = self.card(output)
         files[PROVENANCE] = json.dumps(self._provenance(), indent=2).encode() + b"\n"
         return files, beside.notes
@@ -187,8 +228,10 @@ class DirectoryJob:
             bits_per_weight=self.plan.bits_per_weight,
             size_before=sum(info.nbytes for info in self.model.checkpoint.tensors.values()),
             size_after=self.plan.weights_bytes,
-            kept="embeddings, norms, the head" + (" and what --keep names" if self.request.keep else ""),
-            library="hqq" if target.layout.name == "hqq" else "transformers",
+            kept="embeddings, norms"
+            + (", the head" if target.head is None else "")
+            + (" and what --keep names" if self.request.keep else ""),
+            library=LIBRARIES.get(target.layout.name, "transformers"),
             calibration=used,
             measured=measured,
             snippets=snippets(mixture.loader, runs_in(target.name, "vLLM")),
@@ -196,16 +239,40 @@ class DirectoryJob:
         )
         return model_card(origin_of(self.model), facts)
 
+    def _made(self) -> Made:
+        """How the directory is made, for configurations."""
+        target, todo = self.request.target, quantized_tensors(self.plan)
+        layouts = {tensor.name: target.layout_of(tensor.codec) for tensor in todo}
+        inside = block_linears(self.plan)
+        mean = sum(layouts[tensor.name].type.bits * tensor.n_weights for tensor in inside)
+        head = next((layouts[tensor.name] for tensor in todo if tensor.reason == HEAD), None)
+        windows, length = self.text.inputs.shape if self.text is not None else (0, 0)
+        return Made(
+            target.rate or mean / sum(tensor.n_weights for tensor in inside),
+            round(head.type.bits) if head else None,
+            windows,
+            length,
+            ", ".join(Path(name).name for name in self.text.datasets) if self.text is not None else "",
+            {t.name.removesuffix(".weight"): (layouts[t.name], (t.shape[0], t.shape[1])) for t in todo},
+        )
+
     def _quantized(self) -> list[str]:
         return [tensor.name.removesuffix(".weight") for tensor in quantized_tensors(self.plan)]
 
     def _kept(self) -> list[str]:
         """Linear modules that stay as they are, the head first: engines must be told."""
         inside = [tensor.name.removesuffix(".weight") for tensor in self.plan.tensors if tensor.reason == "kept"]
-        return ["lm_head", *inside]
+        return [*(["lm_head"] if self.request.target.head is None else []), *inside]
 
 
-def _target(name: str, method: str | None, calibrated: bool, budget: Budget | None, edited: Path | None) -> Target:
+def _target(
+    name: str,
+    method: str | None,
+    calibrated: bool,
+    budget: Budget | None,
+    edited: Path | None,
+    head_bits: int | None,
+) -> Target:
     """The target, with the types that the budget leaves it."""
     if budget is not None and edited is not None:
         raise FewbitsError("A saved plan and a budget.", "The plan says what everything becomes: leave out the budget.")
@@ -213,10 +280,12 @@ def _target(name: str, method: str | None, calibrated: bool, budget: Budget | No
     if budget is not None and not target(name, method, True, decided).open:
         family, _, spec = name.strip().lower().partition(":")
         free = re.sub(r"^w\d+", "", spec)
-        there = free != spec and LAYOUTS[family].members(free)
+        there = free != spec and bool(LAYOUTS[family].members(free))
         way_out = f"Take {family}:{free}, or leave" if there else "Leave"
         raise FewbitsError(f"{name}: a budget is for targets without bits in their name.", f"{way_out} out the budget.")
-    chosen = target(name, method, calibrated, decided)
+    chosen = target(name, method, calibrated, decided, head_bits)
+    if chosen.rate is not None and budget is not None:
+        raise FewbitsError(f"{name}: the target names its bits per weight.", "Leave out the budget.")
     return chosen.among(budget.types) if budget is not None else chosen
 
 

@@ -1,10 +1,11 @@
-"""Maps of a candidate's matrices, layer by layer: how they are stored, and how far their weights are off."""
+"""Maps of a candidate's matrices, layer by layer: how they are stored, how far they are off, and what that costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -14,27 +15,30 @@ from fewbits.report.schema import Candidate, TensorRow
 SHADES = 12
 MOST_BITS = 9.0
 """What has more is not quantized."""
-LEAST_ERROR_DECADE = -6
-"""Smaller errors are all nothing: a range down to exact copies would leave no shades for the rest."""
+LEAST_DECADE, MOST_DECADES = -9, 6
+"""What is smaller is nothing, and so is what is so many decades below the largest: a range down to exact copies would
+leave no shades for the rest."""
 LABEL, ROW = 132.0, 18.0
 CONTAINERS = ("self_attn.", "mlp.", "block_sparse_moe.", "attn.", "attention.")
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Both maps of one candidate, what their cells say, and the types for the legend.
+    """The maps of one candidate, what their cells say, and the types for the legend.
 
     Attributes:
-        cells: rows of (name, [[layer, type, error as text], ...]) for those who point at a cell.
+        loss_map: of the expected losses; empty where they are not known.
+        cells: rows of (name, [[layer, type, error as text, expected loss as text], ...]) for those who point at a cell.
         types: (type, shade, bits per weight).
-        roles: for the table: name, types, bits per weight, share of the bytes, error.
+        roles: for the table: name, types, bits per weight, share of the bytes, error, expected loss.
     """
 
     types_map: Markup
     error_map: Markup
-    cells: list[tuple[str, list[tuple[int, str, str]]]]
+    loss_map: Markup
+    cells: list[tuple[str, list[tuple[int, str, str, str]]]]
     types: list[tuple[str, int, str]]
-    roles: list[tuple[str, str, str, str, str]]
+    roles: list[tuple[str, str, str, str, str, str]]
 
 
 def short(role: str) -> str:
@@ -44,21 +48,25 @@ def short(role: str) -> str:
     return role
 
 
-def error_decades(candidates: Sequence[Candidate]) -> tuple[int, int] | None:
-    """The powers of ten between which all errors of a report lie; None if there are none."""
-    known = [t.error for c in candidates for t in c.tensors if t.error]
+Value = Literal["error", "loss"]
+
+
+def decades_of(candidates: Sequence[Candidate], value: Value) -> tuple[int, int] | None:
+    """The powers of ten between which all errors or losses of a report lie; None if there are none."""
+    known = [of for c in candidates for t in c.tensors if (of := getattr(t, value))]
     if not known:
         return None
-    low, high = max(LEAST_ERROR_DECADE, floor(log10(min(known)))), ceil(log10(max(known)))
+    high = ceil(log10(max(known)))
+    low = max(LEAST_DECADE, high - MOST_DECADES, floor(log10(min(known))))
     return low, max(high, low + 1)
 
 
-def error_shade(error: float | None, decades: tuple[int, int]) -> int:
+def shade_of(value: float | None, decades: tuple[int, int]) -> int:
     """0 .. SHADES - 1; -1 where it is not known."""
-    if error is None:
+    if value is None:
         return -1
     low, high = decades
-    place = (log10(max(error, 1e-12)) - low) / (high - low)
+    place = (log10(max(value, 1e-12)) - low) / (high - low)
     return min(SHADES - 1, max(0, int(place * SHADES)))
 
 
@@ -72,22 +80,37 @@ def type_shades(candidates: Sequence[Candidate]) -> dict[str, int]:
     return found
 
 
-def maps(candidate: Candidate, shades: Mapping[str, int], decades: tuple[int, int]) -> Maps:
+def maps(
+    candidate: Candidate,
+    shades: Mapping[str, int],
+    decades: tuple[int, int],
+    losses: tuple[int, int] | None = None,
+) -> Maps:
     """Everything about one candidate's matrices.
 
     Args:
         shades: of the types, see `type_shades`.
         decades: errors within these powers of ten take the shades.
+        losses: the same for expected losses; None leaves their map out.
     """
     rows = _rows(candidate.tensors)
     layers = 1 + max((t.layer for t in candidate.tensors if t.layer is not None), default=0)
     kinds = {t.type: t for t in sorted(candidate.tensors, key=lambda t: t.bits)}
     return Maps(
         _draw(rows, layers, lambda t: shades[t.type], f"{candidate.label}: bits of each matrix by layer"),
-        _draw(
-            rows, layers, lambda t: error_shade(t.error, decades), f"{candidate.label}: error of each matrix by layer"
+        _draw(rows, layers, lambda t: shade_of(t.error, decades), f"{candidate.label}: error of each matrix by layer"),
+        Markup("")
+        if losses is None
+        else _draw(
+            rows,
+            layers,
+            lambda t: shade_of(t.loss, losses),
+            f"{candidate.label}: expected loss of each matrix by layer",
         ),
-        [(name, [(-1 if t.layer is None else t.layer, t.type, _error(t.error)) for t in row]) for name, row in rows],
+        [
+            (name, [(-1 if t.layer is None else t.layer, t.type, _small(t.error), _small(t.loss)) for t in row])
+            for name, row in rows
+        ],
         [(name, shades[name], f"{t.bits:.3g}") for name, t in kinds.items()],
         [_role(name, row, candidate.tensors) for name, row in rows],
     )
@@ -131,17 +154,19 @@ def _draw(
     )
 
 
-def _role(name: str, row: Sequence[TensorRow], everything: Sequence[TensorRow]) -> tuple[str, str, str, str, str]:
+def _role(name: str, row: Sequence[TensorRow], everything: Sequence[TensorRow]) -> tuple[str, str, str, str, str, str]:
     weights = sum(t.n_weights for t in row)
     nbytes = sum(t.bits * t.n_weights for t in row)
     known = [t for t in row if t.error is not None]
     error = sum((t.error or 0) * t.n_weights for t in known) / sum(t.n_weights for t in known) if known else None
+    losses = [t.loss for t in row if t.loss is not None]
     kinds = ", ".join(sorted({t.type for t in row}))
     share = nbytes / sum(t.bits * t.n_weights for t in everything)
-    return name, kinds, f"{nbytes / weights:.2f}", f"{100 * share:.1f} %", _error(error)
+    loss = _small(sum(losses) if losses else None)
+    return name, kinds, f"{nbytes / weights:.2f}", f"{100 * share:.1f} %", _small(error), loss
 
 
-def _error(error: float | None) -> str:
-    if error is None:
+def _small(value: float | None) -> str:
+    if value is None:
         return "–"
-    return significant(error, 2) if error >= 1e-4 else f"{error:.1e}" if error else "0"
+    return significant(value, 2) if value >= 1e-4 else f"{value:.1e}" if value else "0"

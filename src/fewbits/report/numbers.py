@@ -41,3 +41,14 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def rate_text(rate: float) -> str:
+    """Tokens a second."""
+    return f"{rate:,.0f}" if rate >= 100 else significant(rate)
+
+
+def deviation_text(share: float) -> str:
+    """How far a prediction is off, with its sign."""
+    text = f"{100 * share:+.1f} %"
+    return "0.0 %" if text in ("+0.0 %", "-0.0 %") else text

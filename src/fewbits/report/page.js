@@ -21,7 +21,8 @@
       const item = found[1].find((entry) => entry[0] === layer || entry[0] < 0);
       if (!item) return;
       const where = item[0] < 0 ? found[0] : `layer ${layer}, ${found[0]}`;
-      told.textContent = `${where}: ${item[1]}` + (item[2] === "–" ? "" : `, relative error ${item[2]}`);
+      told.textContent = `${where}: ${item[1]}` + (item[2] === "–" ? "" : `, relative error ${item[2]}`)
+        + (item[3] === "–" ? "" : `, expected loss ${item[3]} nats`);
     };
     map.addEventListener("pointermove", point);
     map.addEventListener("pointerdown", point);

@@ -16,10 +16,10 @@ from markupsafe import Markup
 
 from fewbits.measure.metrics import Estimate
 from fewbits.report import numbers
-from fewbits.report.heatmap import SHADES, error_decades, maps, type_shades
+from fewbits.report.heatmap import SHADES, decades_of, maps, type_shades
 from fewbits.report.plots import SIZES, Cost, distribution, mark, pareto, shapes
 from fewbits.report.ranking import Ranking
-from fewbits.report.schema import STATISTICS, Bucket, Candidate, ComparisonReport
+from fewbits.report.schema import STATISTICS, Bucket, Candidate, ComparisonReport, Timing
 
 STATISTIC_NAMES = {"mean": "mean", "median": "median", "p90": "90 %", "p99": "99 %"}
 
@@ -55,13 +55,17 @@ def render(report: ComparisonReport) -> str:
         "size": numbers.bytes_text,
         "percent": lambda share: numbers.percent_text(share).replace(" ", "\u00a0"),
         "seconds": numbers.seconds_text,
+        "rate": numbers.rate_text,
+        "deviation": numbers.deviation_text,
+        "timing": _timing,
+        "parts": _parts,
         "significant": numbers.significant,
         "plus_minus": _plus_minus,
         "one_line": lambda text: text.replace("\n", "⏎"),
     }
     ordered = sorted(report.candidates, key=lambda c: -c.size)
-    decades, types = error_decades(ordered), type_shades(ordered)
-    drawn = {c.label: maps(c, types, decades or (-6, 0)) for c in ordered}
+    decades, losses, types = decades_of(ordered, "error"), decades_of(ordered, "loss"), type_shades(ordered)
+    drawn = {c.label: maps(c, types, decades or (-6, 0), losses) for c in ordered}
     kinds, best = shapes(report.candidates), Ranking.of(report.candidates).best
     return environment.get_template("page.html.jinja").render(
         report=report,
@@ -78,6 +82,8 @@ def render(report: ComparisonReport) -> str:
         buckets=_bucket_tables(report, ordered),
         maps=drawn,
         decades=decades,
+        loss_decades=losses,
+        tried=[c for c in ordered if c.speed or c.footprint],
         shades=range(SHADES),
         data=_embedded({label: found.cells for label, found in drawn.items()}),
         style=Markup(_file("style.css")),
@@ -159,6 +165,17 @@ def _bucket_table(title: str, explained: str, rows: Sequence[tuple[str, Sequence
 
     columns = [(bucket.label, f"{bucket.n_scored:,} tokens") for bucket in rows[0][1]]
     return BucketTable(title, explained, columns, [(label, [cell(b) for b in buckets]) for label, buckets in rows])
+
+
+def _parts(parts: dict[str, int]) -> str:
+    """The parts that add up to a size, in words."""
+    return ", ".join(f"{part.replace('_', ' ')} {numbers.bytes_text(size)}" for part, size in parts.items())
+
+
+def _timing(value: Timing) -> Markup:
+    """A rate, and the least and the largest of all runs."""
+    low, high = numbers.rate_text(value.low), numbers.rate_text(value.high)
+    return Markup('{}<span class="pm"> ({} to {})</span>').format(numbers.rate_text(value.median), low, high)
 
 
 def _plus_minus(value: Estimate, digits: int = 3) -> Markup:

@@ -11,7 +11,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure.metrics import Comparison, Estimate
 from fewbits.measure.report import RulerUsed
 from fewbits.plan.schema import first_problem
-from fewbits.report.numbers import kl_text, percent_text
+from fewbits.report.numbers import kl_text, percent_text, rate_text
 
 Statistic = Literal["mean", "median", "p90", "p99"]
 STATISTICS: tuple[Statistic, ...] = ("mean", "median", "p90", "p99")
@@ -80,6 +80,69 @@ class MemoryUsed(_Record):
     notes: list[str]
 
 
+class Timing(_Record):
+    """Tokens a second over repeated runs of `n_tokens`, each from an empty cache, after one that does not count."""
+
+    n_tokens: int
+    runs: int
+    median: float
+    low: float
+    high: float
+
+
+class Speed(_Record):
+    """How fast an engine evaluates a prompt and generates, measured on the machine that made the report.
+
+    Attributes:
+        prompt: many tokens at once, as llama-bench's `pp`.
+        generation: one after the other, as its `tg`.
+        context: tokens that the engine's cache was made for.
+    """
+
+    engine: str
+    processor: str
+    threads: int
+    context: int
+    prompt: Timing
+    generation: Timing
+
+
+class Footprint(_Record):
+    """Memory that an engine took on the processor, in bytes, beside what `fewbits memory` predicts for it.
+
+    Attributes:
+        reserved: by part, as the engine prints its buffers: `weights`, `kv_cache`, `recurrent_state`, `compute` and
+            `output`.
+        rearranged: copies of weights that were rearranged for this processor; those of the file that they replace are
+            among `reserved`, too, and are given up when memory runs short.
+        resident: peak resident memory of a process of its own, less what it had before the file was loaded: what was
+            touched. None where the system does not tell.
+        mapped: pages of the mapped file among these.
+        predicted: by part; without the margin that is left to the rest of the machine.
+        deviation: of the predicted sum from the reserved one, as a share of the latter.
+        deviation_resident: from `resident`.
+    """
+
+    engine: str
+    context: int
+    kv: str
+    reserved: dict[str, int]
+    rearranged: int
+    resident: int | None
+    mapped: int | None
+    predicted: dict[str, int]
+    deviation: float
+    deviation_resident: float | None
+
+
+class SensitivityUsed(_Record):
+    """Statistics by which errors of the weights were weighed."""
+
+    path: str
+    sha256: str
+    datasets: list[str]
+
+
 class Bucket(_Record):
     """Some of the positions: a range of the reference's confidence, or a text.
 
@@ -125,6 +188,7 @@ class TensorRow(_Record):
         bits: per weight, of this type in this place.
         error: squared error of the decoded weights divided by the reference's sum of squares; None where they cannot be
             compared.
+        loss: KL divergence in nats a token that this error is expected to cost; None without sensitivities.
     """
 
     role: str
@@ -133,6 +197,7 @@ class TensorRow(_Record):
     bits: float
     n_weights: int
     error: float | None
+    loss: float | None = None
 
 
 class Candidate(_Record):
@@ -152,6 +217,7 @@ class Candidate(_Record):
         quantize_seconds: None where it was not made in this run.
         engines: that load it, as seen or read; empty where nothing is known.
         calibrated_on: marks of the calibration texts that the file names.
+        speed: None where it was not asked for, or no engine on the machine runs the candidate; `footprint` likewise.
     """
 
     label: str
@@ -179,11 +245,32 @@ class Candidate(_Record):
     engines: list[str]
     calibrated_on: list[str]
     warnings: list[str]
+    speed: Speed | None = None
+    footprint: Footprint | None = None
+
+    @property
+    def expected_loss(self) -> float | None:
+        """Sum of what the errors of the matrices are expected to cost, in nats; None where that is not known."""
+        known = [row.loss for row in self.tensors if row.loss is not None]
+        return sum(known) if known else None
 
     def kl(self, statistic: Statistic) -> float:
         """KL divergence in nats."""
         summary = self.comparison.kl
         return summary.mean.value if statistic == "mean" else float(getattr(summary, statistic))
+
+
+def _timings(candidate: Candidate) -> tuple[Timing | None, Timing | None]:
+    speed = candidate.speed
+    return (speed.prompt, speed.generation) if speed else (None, None)
+
+
+def _sizes(candidate: Candidate) -> tuple[int | None, int | None, int | None]:
+    """Predicted, reserved, resident."""
+    found = candidate.footprint
+    if found is None:
+        return None, None, None
+    return sum(found.predicted.values()), sum(found.reserved.values()), found.resident
 
 
 class ComparisonReport(_Record):
@@ -197,6 +284,7 @@ class ComparisonReport(_Record):
         command: that makes it again.
         date: ISO, UTC.
         seconds: wall time by step.
+        sensitivity: what the expected losses of single matrices are from.
     """
 
     format_version: Literal[1] = 1
@@ -221,6 +309,7 @@ class ComparisonReport(_Record):
     summary: list[str]
     seconds: dict[str, float]
     warnings: list[str]
+    sensitivity: SensitivityUsed | None = None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows for a terminal, largest first; `*` where no other is both smaller and nearer."""
@@ -237,6 +326,9 @@ class ComparisonReport(_Record):
             "Δ PPL",
         ]
         headers += ["memory MB"] if self.memory_context else []
+        timed, weighed = any(c.speed for c in self.candidates), any(c.footprint for c in self.candidates)
+        headers += ["prompt tok/s", "generation tok/s"] if timed else []
+        headers += ["CPU predicted MB", "reserved MB", "peak resident MB"] if weighed else []
         rows = []
         for c in sorted(self.candidates, key=lambda c: -c.size):
             mean = c.comparison.kl.mean
@@ -255,6 +347,10 @@ class ComparisonReport(_Record):
             ]
             if self.memory_context:
                 row.append(f"{c.memory.total / 1e6:,.0f}" if c.memory else "")
+            if timed:
+                row += [rate_text(t.median) if t else "" for t in _timings(c)]
+            if weighed:
+                row += ["" if size is None else f"{size / 1e6:,.1f}" for size in _sizes(c)]
             rows.append(row)
         return headers, rows
 

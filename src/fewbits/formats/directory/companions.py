@@ -124,17 +124,22 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def config_json(model: Model, quantization_config: Mapping[str, Any] | None, dtype: str) -> bytes:
+def config_json(
+    model: Model, quantization_config: Mapping[str, Any] | None, dtype: str, old_rope_keys: bool = False
+) -> bytes:
     """The model's config.json as its quantized directory has it.
 
     Args:
         quantization_config: replaces any that the source has; None for an unquantized directory.
         dtype: storage type of the tensors that are not quantized, e.g. `BF16`; empty leaves what the source says.
+        old_rope_keys: spell out `rope_theta` and `rope_scaling` for engines that do not look into `rope_parameters`.
     """
     config = _plain(model.config)
     for part in ("text_config", "llm_config"):
         if isinstance(config.get(part), Mapping):
             config[part] = _plain(config[part])
+    if old_rope_keys:
+        config = _old_rope_keys(config) | config
     if dtype:
         name = DTYPES[dtype]
         # transformers 5 reads dtype, everything older torch_dtype
@@ -151,6 +156,16 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     # _name_or_path is where the source once lay on somebody's disk
     dropped = {*REMOTE_CODE, *QUANTIZATION, "_name_or_path"}
     return {key: value for key, value in config.items() if key not in dropped}
+
+
+def _old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 keeps in `rope_parameters`, under the names that it had before."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": scaling} if scaled else {})}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -37,6 +37,35 @@ from gptqmodel import GPTQModel
 model = GPTQModel.load("DIRECTORY")
 print(model.tokenizer.decode(model.generate("The capital of France is")[0]))
 """
+_EXLLAMAV2 = """\
+# pip install exllamav2; an NVIDIA or AMD card is needed
+from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer
+from exllamav2.generator import ExLlamaV2DynamicGenerator
+
+config = ExLlamaV2Config("DIRECTORY")
+model = ExLlamaV2(config)
+cache = ExLlamaV2Cache(model, max_seq_len=4096, lazy=True)
+model.load_autosplit(cache)
+generator = ExLlamaV2DynamicGenerator(model=model, cache=cache, tokenizer=ExLlamaV2Tokenizer(config))
+print(generator.generate(prompt="The capital of France is", max_new_tokens=20))
+"""
+_EXLLAMAV3 = """\
+# pip install exllamav3; an NVIDIA card is needed
+from exllamav3 import Cache, Config, Generator, Model, Tokenizer
+
+config = Config.from_directory("DIRECTORY")
+model = Model.from_config(config)
+cache = Cache(model, max_num_tokens=4096)
+model.load()
+generator = Generator(model=model, cache=cache, tokenizer=Tokenizer.from_config(config))
+print(generator.generate(prompt="The capital of France is", max_new_tokens=20))
+"""
+_OWN = {
+    "hqq": Snippet("hqq", _HQQ),
+    "exl2": Snippet("exllamav2", _EXLLAMAV2),
+    "exl3": Snippet("exllamav3", _EXLLAMAV3),
+}
+"""By `quant_method`, of those that a library of their own runs."""
 _VLLM = Snippet("vLLM", "vllm serve DIRECTORY", "sh")
 _PACKAGES = {
     "gptq": ("transformers accelerate optimum gptqmodel", "float16"),
@@ -58,8 +87,8 @@ def snippets(quant_method: str, vllm: bool = True) -> list[Snippet]:
         vllm: whether vLLM runs this very target: it takes symmetric 4 and 8-bit GPTQ only.
     """
     found = []
-    if quant_method == "hqq":
-        return [Snippet("hqq", _HQQ)]
+    if quant_method in _OWN:
+        return [_OWN[quant_method]]
     if quant_method == "gptq-mixed":
         found.append(Snippet("GPTQModel", _GPTQMODEL))
     if quant_method in _PACKAGES:

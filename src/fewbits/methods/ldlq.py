@@ -1,0 +1,234 @@
+"""LDLQ (QuIP, Chee et al., arXiv 2307.13304; in blocks as QuIP#, Tseng et al., arXiv 2402.04396) for trellises.
+
+Weights are scaled and rotated until they look like Gaussian noise, which is what a trellis is made for; then the inputs
+are coded 16 at a time from the last to the first, and what was lost on those already coded is made up for by the next
+ones. With the Hessian of the rotated inputs H = L D L^T, L of unit blocks of 16 on its diagonal, the loss is the sum
+over blocks of the error after feedback, weighted by D.
+
+exllamav3 1.6.5 (`exl3_lib/quantize.py`) scales each input by the root mean square of its weights but feeds back with
+the Hessian of inputs not so scaled. Here L belongs to what is coded, inputs are scaled by their own energy, too, and
+the scales are fitted again when all codes are known: docs/exl.md has the figures.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits.codecs.storage import StorageType
+from fewbits.codecs.trellis import HADAMARD, Trellis, TrellisCoded, codebook, rotate_columns, rotate_rows, tile_order
+from fewbits.errors import FewbitsError
+from fewbits.kernels.trellis import STEPS, TILE
+from fewbits.methods.base import Decomposed, Known, Method
+
+DAMPING = 0.025
+"""Added to the Hessian's diagonal, times its mean, as exllamav3 does."""
+RETRIES = 5
+OUTPUTS = 256
+"""Outputs that are coded together: the tiles of one row fill one vector of the search."""
+WEIGHTS_POWER, INPUTS_POWER = 0.75, -0.125
+"""An input's scale is its weights' root mean square and its mean square, to these powers: best of the powers tried on
+six matrices of smollm2-768; (1, 0) loses 1 to 17 % more, (0, 0) 7 to 30 % more."""
+SMALLEST = 1e-3
+"""Scales are not less than this part of their mean, or zeros would be divided by."""
+GAIN = {1: 1.05, 2: 1.0, 3: 0.95, 4: 0.91, 5: 0.87, 6: 0.83, 7: 0.77, 8: 0.72}
+"""Standard deviation of what is coded, in that of the codebook, which loses least on Gaussian noise, and by bits ..."""
+DISTORTION = {1: 0.277, 2: 0.0685, 3: 0.01742, 4: 0.00444, 5: 0.00116, 6: 0.000308, 7: 0.000083, 8: 0.000022}
+"""... the mean square of what is lost, in that of what is coded (tests/test_exl3.py)."""
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+def decompose(hessian: Floats, scales: Floats | None = None, damping: float = DAMPING) -> Decomposed:
+    """Prepare a Hessian for feedback among inputs that are multiplied by `scales`, then Hadamard transformed.
+
+    Args:
+        hessian: float32 [columns, columns], the mean of x x^T; columns a multiple of 128.
+        scales: float32 [columns]; None for random signs alone.
+        damping: added to the diagonal, times its mean; ten times as much where that is too little.
+
+    Raises:
+        FewbitsError: the Hessian is not finite and positive, however much it is damped.
+    """
+    if scales is None:
+        scales = random_signs(hessian.shape[0])
+    diagonal = hessian.diagonal().astype(np.float64)
+    if not np.isfinite(hessian).all() or diagonal.min() < 0:
+        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
+    mean = float(diagonal.mean()) or 1.0
+    for attempt in range(RETRIES):
+        try:
+            return _decompose(hessian, scales.astype(np.float64), diagonal + damping * 10**attempt * mean)
+        except np.linalg.LinAlgError:
+            continue
+    raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
+
+
+def _decompose(hessian: Floats, scales: Doubles, diagonal: Doubles) -> Decomposed:
+    rotated = hessian.astype(np.float64)
+    np.fill_diagonal(rotated, diagonal)
+    rotated *= scales
+    rotated *= scales[:, None]
+    lower = np.linalg.cholesky(rotate_rows(rotate_columns(rotated)))
+    spread = np.empty(scales.size // TILE)
+    for block in range(spread.size):
+        here = slice(block * TILE, (block + 1) * TILE)
+        own = lower[here, here].copy()
+        spread[block] = np.square(own).sum()
+        lower[here.start :, here] = np.linalg.solve(own.T, lower[here.start :, here].T).T
+    return Decomposed(scales.astype(np.float32), lower.astype(np.float32), spread)
+
+
+def random_signs(count: int, side: int = 0) -> Floats:
+    """+1 or -1, the same for every matrix of this size."""
+    return np.random.default_rng([count, side]).choice(np.array([-1, 1], np.float32), count)
+
+
+@dataclass(frozen=True)
+class Regular:
+    """A matrix like Gaussian noise: weights = outputs * H @ noise @ H * inputs.
+
+    Attributes:
+        noise: float32 [out, in], every block of 128 inputs of the same mean square.
+        inputs: float64 [in].
+        outputs: float64 [out].
+    """
+
+    noise: Floats
+    inputs: Doubles
+    outputs: Doubles
+
+    def decode(self, noise: Floats) -> Doubles:
+        """Weights float64 [out, in] with something else in place of the noise."""
+        return self.outputs[:, None] * rotate_rows(rotate_columns(noise)).astype(np.float64) * self.inputs
+
+
+def regularize(weights: Floats, hessian: Floats | None, gain: float) -> Regular:
+    """Scale and rotate a matrix [out, in], both multiples of 128, until its standard deviation is `gain`."""
+    outputs = _no_zeros(np.sqrt(np.square(weights, dtype=np.float64).mean(axis=1)))
+    outputs *= random_signs(outputs.size, 1) / outputs.mean()
+    turned = rotate_rows((weights / outputs[:, None]).astype(np.float32))
+    inputs = _no_zeros(np.sqrt(np.square(turned, dtype=np.float64).mean(axis=0)))
+    if hessian is not None:
+        energy = hessian.diagonal().astype(np.float64)
+        energy = energy + DAMPING * (energy.mean() or 1.0)
+        inputs = inputs**WEIGHTS_POWER * (energy / energy.mean()) ** INPUTS_POWER
+    inputs *= random_signs(inputs.size)
+    noise = rotate_columns((turned / inputs).astype(np.float32))
+    blocks = noise.reshape(len(noise), -1, HADAMARD)
+    size = np.sqrt(np.square(blocks, dtype=np.float64).mean(axis=(0, 2))) / gain
+    size[size == 0] = 1.0
+    blocks /= size.astype(np.float32)[:, None]
+    return Regular(noise, inputs * np.repeat(size, HADAMARD), outputs)
+
+
+def _no_zeros(values: Doubles) -> Doubles:
+    mean = float(values.mean())
+    return np.maximum(values, SMALLEST * mean) if mean > 0 else np.ones_like(values)
+
+
+def expected_error(weights: Floats, told: Floats | Decomposed, bits: int) -> Doubles:
+    """What LDLQ is going to lose, without doing it.
+
+    Args:
+        weights: float32 [out, in].
+        told: the Hessian, float32 [in, in], or one decomposed already.
+        bits: 1 to 8.
+
+    Returns:
+        float64 [out]: the expected e^T H e of each output's errors e, of the damped Hessian.
+    """
+    share = DISTORTION[bits] * GAIN[bits] ** 2
+    if isinstance(told, Decomposed):
+        regular, decomposed = regularize(weights, None, GAIN[bits]), told
+        share *= float(np.square(regular.inputs).mean())
+    else:
+        regular = regularize(weights, told, GAIN[bits])
+        decomposed = decompose(told, regular.inputs.astype(np.float32))
+    # what is passed on comes on top of the weights
+    passed = np.square(decomposed.lower).sum(axis=0, dtype=np.float64).reshape(-1, TILE).mean(axis=1) - 1
+    loss = share * (decomposed.spread * (1 + DISTORTION[bits] * passed)).sum()
+    return np.square(regular.outputs) * loss
+
+
+class LDLQ(Method):
+    """Regularized weights, 16 inputs at a time from the last to the first, each block's loss passed on."""
+
+    name = "ldlq"
+    summary = "rotates weights into noise and codes it by a trellis, passing errors on to the inputs to come (LDLQ)"
+
+    @classmethod
+    def make(cls, weights: Floats, kind: StorageType, known: Known, pool: Executor | None = None) -> TrellisCoded:
+        if not isinstance(kind, Trellis):
+            raise FewbitsError(f"The method 'ldlq' does not make {kind.name}.", "Leave the choice to the target.")
+        regular = regularize(weights, known.hessian, GAIN[kind.bits])
+        lower = None
+        if known.hessian is not None:
+            lower = decompose(known.hessian, regular.inputs.astype(np.float32)).lower
+        states, coded = _code(regular.noise, lower, kind, pool)
+        regular = _refit(weights, regular, coded, known.hessian)
+        return TrellisCoded(kind, kind.pack(states), _half(regular.inputs), _half(regular.outputs))
+
+
+def _half(values: Doubles) -> npt.NDArray[np.float16]:
+    return np.clip(values, -65504, 65504).astype(np.float16)
+
+
+def _code(
+    noise: Floats, lower: Floats | None, kind: Trellis, pool: Executor | None
+) -> tuple[npt.NDArray[np.uint16], Floats]:
+    """States [in / 16, out / 16, 256] and the values they stand for, [out, in]."""
+
+    def part(first: int) -> tuple[npt.NDArray[np.uint16], Floats]:
+        return _feed(np.ascontiguousarray(noise[first : first + OUTPUTS]), lower, kind)
+
+    parts = list((pool.map if pool else map)(part, range(0, noise.shape[0], OUTPUTS)))
+    return np.concatenate([states for states, _ in parts], axis=1), np.concatenate([coded for _, coded in parts])
+
+
+def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArray[np.uint16], Floats]:
+    """Code some outputs [out, in], blocks of 16 inputs from the last to the first."""
+    rows, columns = noise.shape
+    table, order = codebook(kind.codebook), tile_order()
+    work = kind.workspace()
+    states = np.empty((columns // TILE, rows // TILE, STEPS), np.uint16)
+    coded, missed = np.empty_like(noise), np.zeros_like(noise)
+    tiles, values = np.empty((rows // TILE, STEPS), np.float32), np.empty((rows // TILE, STEPS), np.float32)
+    for stop in range(columns, 0, -HADAMARD):
+        start = stop - HADAMARD
+        target = noise[:, start:stop].copy()
+        if lower is not None:
+            target += missed[:, stop:] @ lower[stop:, start:stop]
+        for first in range(stop - TILE, start - 1, -TILE):
+            here, now = slice(first, first + TILE), target[:, first - start : first - start + TILE]
+            if lower is not None:
+                now = now + missed[:, first + TILE : stop] @ lower[first + TILE : stop, here]
+            tiles[:] = now.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, STEPS)[:, order]
+            states[first // TILE] = kind.search(tiles, work)
+            values[:, order] = table[states[first // TILE]]
+            coded[:, here] = values.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, TILE)
+            missed[:, here] = noise[:, here] - coded[:, here]
+    return states, coded
+
+
+def _refit(weights: Floats, regular: Regular, coded: Floats, hessian: Floats | None) -> Regular:
+    """The scales that lose least with these codes: those of the inputs together, then each output's."""
+    shape = regular.decode(coded)
+    if hessian is not None:
+        damped = hessian.astype(np.float64)
+        damped[np.diag_indices_from(damped)] += DAMPING * float(damped.diagonal().mean())
+        wanted = weights @ damped
+        try:
+            change = np.linalg.solve((shape.T @ shape) * damped, (shape * wanted).sum(axis=0))
+        except np.linalg.LinAlgError:
+            change = np.ones(shape.shape[1])
+        shape *= change
+        weighed = shape @ damped
+    else:
+        change, wanted, weighed = np.ones(shape.shape[1]), weights.astype(np.float64), shape
+    power = (shape * weighed).sum(axis=1)
+    factor = np.where(power > 0, (shape * wanted).sum(axis=1) / np.where(power > 0, power, 1.0), 1.0)
+    return Regular(regular.noise, regular.inputs * change, regular.outputs * factor)
