@@ -19,7 +19,7 @@ from fewbits.errors import FewbitsError
 from fewbits.layouts.base import Made, Part
 from fewbits.layouts.exl3 import EXL3
 from fewbits.methods import Known
-from fewbits.methods.ldlq import DAMPING, DISTORTION, GAIN, LDLQ, decompose, expected_error
+from fewbits.methods.ldlq import DAMPING, DISTORTION, GAIN, LDLQ, decompose, expected_error, random_signs
 
 TYPES = {"float16": "F16", "int32": "I32", "int16": "I16"}
 KINDS = [Trellis(bits, name) for bits in BITS for name in CODEBOOKS]
@@ -181,11 +181,12 @@ def test_zeros_stay_zeros() -> None:
 
 def test_decomposing_gives_the_factors() -> None:
     _, hessian = layer(128, 256)
-    found = decompose(hessian)
+    scales = random_signs(256) * np.linspace(0.5, 2, 256, dtype=np.float32)
+    found = decompose(hessian, scales)
     lower = found.lower.astype(np.float64)
     damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(256)
     turn = np.kron(np.eye(2), exl3_oracle.hadamard())
-    rotated = turn @ (damped * found.signs * found.signs[:, None]) @ turn
+    rotated = turn @ (damped * scales * scales[:, None]) @ turn
     rest = np.linalg.solve(lower, np.linalg.solve(lower, rotated).T)
     blocks = rest.reshape(16, 16, 16, 16)
     apart = [np.abs(blocks[i, :, j]).max() for i in range(16) for j in range(16) if i != j]
@@ -200,9 +201,9 @@ def test_a_broken_hessian_is_refused(wrong: float) -> None:
     _, hessian = layer(128, 128)
     hessian[1, 2] = wrong
     with pytest.raises(FewbitsError, match="not finite"):
-        decompose(hessian)
+        decompose(hessian, random_signs(128))
     with pytest.raises(FewbitsError, match="not positive"):
-        decompose(1001 * np.eye(128, dtype=np.float32) - 1000)
+        decompose(1001 * np.eye(128, dtype=np.float32) - 1000, random_signs(128))
 
 
 @pytest.mark.parametrize("kind", KINDS[::5], ids=lambda kind: kind.name)

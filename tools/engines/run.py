@@ -51,7 +51,7 @@ EXACT = 1e-5
 """And differences up to this are the order of float32 sums."""
 ROUNDED, ROUNDED_WHOLE = 0.01, 0.3
 """The largest relative difference where the engine rounds activations: in a few blocks, and in the whole model."""
-CALIBRATED = ("gptq:", "awq:")
+CALIBRATED = ("gptq:", "awq:", "exl3:")
 CHUNKS = 16
 """Windows to calibrate on: what is looked at here is whether every value is read as it was written."""
 TIME_LIMIT = 1800

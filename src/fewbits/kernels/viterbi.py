@@ -14,9 +14,6 @@ while walking back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -42,7 +39,6 @@ BEYOND = np.float32(2)
 INLINE = {**EXACT, "inline": "always"}
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
-Search = Callable[[F32, F32, U16, np.float32, int, U16, U16], U16]
 
 
 @njit(**INLINE)
@@ -160,58 +156,72 @@ def way_into(
     return best
 
 
-@cache
-def searcher(bits: int) -> Search:
-    """The search for trellises of so many bits a step, 1 to 8: compiled for each, with nothing but this number in its
-    closure, or it would not be found in the cache."""
+@njit(**EXACT)
+def search(
+    kind: tuple[int, ...], tiles: F32, values: F32, offsets: U16, unit: np.float32, reach: int, costs: U16, ways: U16
+) -> U16:
+    """The bits that each step adds, uint16 [tiles, 256].
 
-    @njit(**EXACT)
-    def search(tiles: F32, values: F32, offsets: U16, unit: np.float32, reach: int, costs: U16, ways: U16) -> U16:
-        count, rows, nodes = tiles.shape[0], costs.shape[0], 1 << (MEMORY - bits)
-        symbols = np.empty((count, STEPS), np.uint16)
-        table, low = np.empty(values.size * WIDTH, np.uint16), np.empty(WIDTH, np.uint16)
-        base, wanted = np.empty(WIDTH, np.float32), np.empty((STEPS, WIDTH), np.float32)
-        wraps = np.zeros(WIDTH, np.int64)
-        least_value, most = values[0] - BEYOND, values[values.size - 1] + BEYOND
-        for first in range(0, count, WIDTH):
-            for lane in range(WIDTH):
-                tile = tiles[min(first + lane, count - 1)]
-                for i in range(STEPS):
-                    wanted[i, lane] = min(max(tile[i], least_value), most)
-            for final in range(2):
-                begin, length = (0, STEPS) if final else (STEPS - reach, 2 * reach)
-                costs[0, :] = 65535 if final else 0
-                low[:] = 0
-                for node in range(nodes):
-                    for lane in range(WIDTH):
-                        if final == 0 or node == wraps[lane]:
-                            costs[0, place(node, bits) + lane] = node // run_of(bits) if carried(bits) else 0
-                for i in range(length):
-                    fill_table(wanted[(begin + i) % STEPS], values, unit, carried(bits), base, table)
-                    now, then = costs[i % rows], costs[(i + 1) % rows]
-                    step(bits, now, then, table, offsets, low, ways[i % ways.shape[0]])
-                ends = costs[length % rows]
+    Args:
+        kind: as many numbers as a step has bits: a tuple's length is a constant when this is compiled, once for each.
+        tiles: [tiles, 256].
+        values: [values] of the codebook, ascending.
+        offsets: [65536], 16 times the rank of the value of each state, in the order in which `step` compares them.
+        unit: by which squared misses are multiplied.
+        reach: how many steps before and after the wrap the first search looks at.
+        costs, ways: memory, of `Walker.workspace`.
+    """
+    bits = len(kind)
+    count, rows, nodes = tiles.shape[0], costs.shape[0], 1 << (MEMORY - bits)
+    symbols = np.empty((count, STEPS), np.uint16)
+    table, low = np.empty(values.size * WIDTH, np.uint16), np.empty(WIDTH, np.uint16)
+    base, wanted = np.empty(WIDTH, np.float32), np.empty((STEPS, WIDTH), np.float32)
+    wraps = np.zeros(WIDTH, np.int64)
+    least_value, most = values[0] - BEYOND, values[values.size - 1] + BEYOND
+    for first in range(0, count, WIDTH):
+        for lane in range(WIDTH):
+            tile = tiles[min(first + lane, count - 1)]
+            for i in range(STEPS):
+                wanted[i, lane] = min(max(tile[i], least_value), most)
+        for final in range(2):
+            begin, length = (0, STEPS) if final else (STEPS - reach, 2 * reach)
+            costs[0, :] = 65535 if final else 0
+            low[:] = 0
+            for node in range(nodes):
                 for lane in range(WIDTH):
-                    node = wraps[lane]
-                    if final == 0:
-                        node = 0
-                        for other in range(nodes):
-                            rival, best = ends[place(other, bits) + lane], ends[place(node, bits) + lane]
-                            if rival >> carried(bits) < best >> carried(bits):
-                                node = other
-                    for back in range(length if final else reach):
-                        i = length - 1 - back
-                        at = (begin + i) % STEPS
-                        if final and first + lane < count:
-                            symbols[first + lane, at] = node & ((1 << bits) - 1)
-                        now = costs[i % rows]
-                        taken = ways[i % ways.shape[0]]
-                        way = way_into(node, lane, bits, wanted[at], now, values, offsets, unit, taken)
-                        node = (way << (MEMORY - 2 * bits)) | (node >> bits)
-                    wraps[lane] = node
-        return symbols
+                    if final == 0 or node == wraps[lane]:
+                        costs[0, place(node, bits) + lane] = node // run_of(bits) if carried(bits) else 0
+            for i in range(length):
+                fill_table(wanted[(begin + i) % STEPS], values, unit, carried(bits), base, table)
+                now, then = costs[i % rows], costs[(i + 1) % rows]
+                step(bits, now, then, table, offsets, low, ways[i % ways.shape[0]])
+            ends = costs[length % rows]
+            for lane in range(WIDTH):
+                node = wraps[lane]
+                if final == 0:
+                    node = 0
+                    for other in range(nodes):
+                        rival, best = ends[place(other, bits) + lane], ends[place(node, bits) + lane]
+                        if rival >> carried(bits) < best >> carried(bits):
+                            node = other
+                for back in range(length if final else reach):
+                    i = length - 1 - back
+                    at = (begin + i) % STEPS
+                    if final and first + lane < count:
+                        symbols[first + lane, at] = node & ((1 << bits) - 1)
+                    now = costs[i % rows]
+                    taken = ways[i % ways.shape[0]]
+                    way = way_into(node, lane, bits, wanted[at], now, values, offsets, unit, taken)
+                    node = (way << (MEMORY - 2 * bits)) | (node >> bits)
+                wraps[lane] = node
+    return symbols
 
-    return search
+
+def at_cache_lines(rows: int, columns: int) -> U16:
+    """Uninitialized [rows, columns] that begins where a cache line does: vectors that straddle two are slower."""
+    raw = np.empty(rows * columns + 32, np.uint16)
+    skip = (-raw.ctypes.data % 64) // 2
+    return raw[skip : skip + rows * columns].reshape(rows, columns)
 
 
 class Walker:
@@ -235,9 +245,9 @@ class Walker:
     def workspace(self) -> tuple[U16, U16]:
         """Memory for `walk`, 8 to 68 MB, which one thread at a time can use again and again."""
         pointed = carried(self.bits) > 0
-        row = place(1 << (MEMORY - self.bits), self.bits)
-        costs = np.empty((2 if pointed else STEPS + 1, row), np.uint16)
-        return costs, np.empty((STEPS if pointed else 1, (1 << (MEMORY - self.bits)) // BLOCK * WIDTH), np.uint16)
+        nodes = 1 << (MEMORY - self.bits)
+        costs = at_cache_lines(2 if pointed else STEPS + 1, place(nodes, self.bits))
+        return costs, at_cache_lines(STEPS if pointed else 1, nodes // BLOCK * WIDTH)
 
     def walk(self, tiles: F32, work: tuple[U16, U16] | None = None) -> U16:
         """The walks that come closest to tiles.
@@ -251,4 +261,4 @@ class Walker:
         """
         costs, ways = work or self.workspace()
         tiles = np.ascontiguousarray(tiles, np.float32)
-        return searcher(self.bits)(tiles, self.values, self.offsets, self.unit, REACH, costs, ways)
+        return search((0,) * self.bits, tiles, self.values, self.offsets, self.unit, REACH, costs, ways)

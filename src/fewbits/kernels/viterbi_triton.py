@@ -76,30 +76,31 @@ def _back(
     tl.store(wraps + tile, node)
 
 
-def walk(tiles: torch.Tensor, values: torch.Tensor, bits: int) -> torch.Tensor:
+def walk(tiles: torch.Tensor, values: torch.Tensor, bits: int, nodes_at_once: int = NODES_AT_ONCE) -> torch.Tensor:
     """The walks that come closest to tiles.
 
     Args:
         tiles: float32 [tiles, 256], in the order of the steps.
         values: float32 [65536], of each state; on the same device.
         bits: of a step, 1 to 8.
+        nodes_at_once: nodes that a program works on at a time, a power of two.
 
     Returns:
         uint8 [tiles, 256], the bits that each step adds.
     """
     nodes = 1 << (MEMORY - bits)
     together = max(1, WORK_BYTES // (STEPS * nodes))
-    parts = [_walk(part.contiguous(), values.contiguous(), bits, nodes) for part in tiles.split(together)]
+    block = min(nodes, nodes_at_once)
+    parts = [_walk(part.contiguous(), values.contiguous(), bits, block) for part in tiles.split(together)]
     return torch.cat(parts)
 
 
-def _walk(tiles: torch.Tensor, values: torch.Tensor, bits: int, nodes: int) -> torch.Tensor:
-    count, device = len(tiles), tiles.device
+def _walk(tiles: torch.Tensor, values: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    count, device, nodes = len(tiles), tiles.device, 1 << (MEMORY - bits)
     steps = torch.empty((count, STEPS), dtype=torch.uint8, device=device)
     ways = torch.empty((count, STEPS, nodes), dtype=torch.uint8, device=device)
     costs = torch.empty((count, 2, nodes), device=device)
     wraps = torch.zeros(count, dtype=torch.int64, device=device)
-    block = min(nodes, NODES_AT_ONCE)
     # first the node at the wrap, from the steps around it; then the walk from this node to this node
     _forward[(count,)](tiles, values, wraps, costs, ways, STEPS - REACH, 2 * REACH, False, bits, block)
     _back[(count,)](ways, costs[:, 0].argmin(1), wraps, steps, STEPS - REACH, 2 * REACH, REACH, False, bits)

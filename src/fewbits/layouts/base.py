@@ -24,6 +24,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 """By suffix to the module's name. BF16 comes as uint16 and 8-bit floats as uint8: numpy has neither."""
 Others = tuple[tuple["Layout", tuple[str, ...]], ...]
 """Modules in another layout than the rest of a checkpoint: a layout, and modules that engines fuse into one."""
+ANY = "any"
+"""Instead of a mean of bits: what a budget allows."""
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -125,6 +127,11 @@ class Layout(ABC):
         Raises:
             FewbitsError: it is not known; the message lists what is.
         """
+
+    @classmethod
+    def mixed(cls, spec: str) -> bool:
+        """Whether a target names a mean of bits, or `any`, which a budget is to decide."""
+        return cls.mean_bits is not None and (spec == ANY or cls.rate(spec) is not None)
 
     @classmethod
     def rate(cls, spec: str) -> float | None:

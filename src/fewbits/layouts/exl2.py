@@ -80,7 +80,7 @@ class EXL2(Layout):
 
     @classmethod
     def members(cls, spec: str) -> tuple[EXL2, ...]:
-        if cls.rate(spec) is None:
+        if not cls.mixed(spec):
             return ()
         kinds = dict.fromkeys(kind for menu in (ATTENTION, MLP) for line in menu for kind in line)
         return tuple(cls(kind) for kind in sorted(kinds, key=lambda kind: (kind.bits, kind.name)))

@@ -81,7 +81,7 @@ class EXL3(Layout):
 
     @classmethod
     def members(cls, spec: str) -> tuple[EXL3, ...]:
-        return () if _SPEC.fullmatch(spec) or cls.rate(spec) is None else tuple(cls(Trellis(bits)) for bits in BITS)
+        return () if _SPEC.fullmatch(spec) or not cls.mixed(spec) else tuple(cls(Trellis(bits)) for bits in BITS)
 
     @classmethod
     def for_head(cls, bits: int) -> EXL3:

@@ -12,6 +12,7 @@ the scales are fitted again when all codes are known: docs/exl.md has the figure
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from fewbits.codecs.storage import StorageType
 from fewbits.codecs.trellis import HADAMARD, Trellis, TrellisCoded, codebook, rotate_columns, rotate_rows, tile_order
 from fewbits.errors import FewbitsError
 from fewbits.kernels.trellis import STEPS, TILE
-from fewbits.methods.base import Decomposed, Known, Method
+from fewbits.methods.base import Known, Method
 
 DAMPING = 0.025
 """Added to the Hessian's diagonal, times its mean, as exllamav3 does."""
@@ -32,6 +33,8 @@ OUTPUTS = 256
 WEIGHTS_POWER, INPUTS_POWER = 0.75, -0.125
 """An input's scale is its weights' root mean square and its mean square, to these powers: best of the powers tried on
 six matrices of smollm2-768; (1, 0) loses 1 to 17 % more, (0, 0) 7 to 30 % more."""
+REFIT_ROWS = 1024
+"""Outputs that are looked at together when scales are fitted."""
 SMALLEST = 1e-3
 """Scales are not less than this part of their mean, or zeros would be divided by."""
 GAIN = {1: 1.05, 2: 1.0, 3: 0.95, 4: 0.91, 5: 0.87, 6: 0.83, 7: 0.77, 8: 0.72}
@@ -42,19 +45,30 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 
-def decompose(hessian: Floats, scales: Floats | None = None, damping: float = DAMPING) -> Decomposed:
+@dataclass(frozen=True)
+class Decomposed:
+    """H = L D L^T of rotated inputs, in blocks of 16.
+
+    Attributes:
+        lower: float32 [columns, columns], L: unit matrices on the diagonal of blocks, nothing above them.
+        spread: float64 [columns / 16], the trace of each block of D.
+    """
+
+    lower: Floats
+    spread: Doubles
+
+
+def decompose(hessian: Floats, scales: Floats, damping: float = DAMPING) -> Decomposed:
     """Prepare a Hessian for feedback among inputs that are multiplied by `scales`, then Hadamard transformed.
 
     Args:
         hessian: float32 [columns, columns], the mean of x x^T; columns a multiple of 128.
-        scales: float32 [columns]; None for random signs alone.
+        scales: float32 [columns], none of them zero.
         damping: added to the diagonal, times its mean; ten times as much where that is too little.
 
     Raises:
         FewbitsError: the Hessian is not finite and positive, however much it is damped.
     """
-    if scales is None:
-        scales = random_signs(hessian.shape[0])
     diagonal = hessian.diagonal().astype(np.float64)
     if not np.isfinite(hessian).all() or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
@@ -79,7 +93,7 @@ def _decompose(hessian: Floats, scales: Doubles, diagonal: Doubles) -> Decompose
         own = lower[here, here].copy()
         spread[block] = np.square(own).sum()
         lower[here.start :, here] = np.linalg.solve(own.T, lower[here.start :, here].T).T
-    return Decomposed(scales.astype(np.float32), lower.astype(np.float32), spread)
+    return Decomposed(lower.astype(np.float32), spread)
 
 
 def random_signs(count: int, side: int = 0) -> Floats:
@@ -101,25 +115,30 @@ class Regular:
     inputs: Doubles
     outputs: Doubles
 
-    def decode(self, noise: Floats) -> Doubles:
-        """Weights float64 [out, in] with something else in place of the noise."""
-        return self.outputs[:, None] * rotate_rows(rotate_columns(noise)).astype(np.float64) * self.inputs
+    def decode(self, noise: Floats, rows: slice) -> Floats:
+        """Some rows of the weights, float32 [rows, in], with something else [rows, in] in place of the noise."""
+        weights = rotate_rows(rotate_columns(noise))
+        weights *= self.inputs.astype(np.float32)
+        weights *= self.outputs[rows].astype(np.float32)[:, None]
+        return weights
 
 
 def regularize(weights: Floats, hessian: Floats | None, gain: float) -> Regular:
     """Scale and rotate a matrix [out, in], both multiples of 128, until its standard deviation is `gain`."""
-    outputs = _no_zeros(np.sqrt(np.square(weights, dtype=np.float64).mean(axis=1)))
-    outputs *= random_signs(outputs.size, 1) / outputs.mean()
-    turned = rotate_rows((weights / outputs[:, None]).astype(np.float32))
-    inputs = _no_zeros(np.sqrt(np.square(turned, dtype=np.float64).mean(axis=0)))
+    rows, columns = weights.shape
+    outputs = _no_zeros(np.sqrt(np.einsum("oi,oi->o", weights, weights).astype(np.float64) / columns))
+    outputs *= random_signs(rows, 1) / outputs.mean()
+    turned = rotate_rows(weights / outputs.astype(np.float32)[:, None])
+    inputs = _no_zeros(np.sqrt(np.einsum("oi,oi->i", turned, turned).astype(np.float64) / rows))
     if hessian is not None:
         energy = hessian.diagonal().astype(np.float64)
         energy = energy + DAMPING * (energy.mean() or 1.0)
         inputs = inputs**WEIGHTS_POWER * (energy / energy.mean()) ** INPUTS_POWER
-    inputs *= random_signs(inputs.size)
-    noise = rotate_columns((turned / inputs).astype(np.float32))
-    blocks = noise.reshape(len(noise), -1, HADAMARD)
-    size = np.sqrt(np.square(blocks, dtype=np.float64).mean(axis=(0, 2))) / gain
+    inputs *= random_signs(columns)
+    turned /= inputs.astype(np.float32)
+    noise = rotate_columns(turned)
+    blocks = noise.reshape(rows, -1, HADAMARD)
+    size = np.sqrt(np.einsum("obi,obi->b", blocks, blocks).astype(np.float64) / (rows * HADAMARD)) / gain
     size[size == 0] = 1.0
     blocks /= size.astype(np.float32)[:, None]
     return Regular(noise, inputs * np.repeat(size, HADAMARD), outputs)
@@ -130,28 +149,30 @@ def _no_zeros(values: Doubles) -> Doubles:
     return np.maximum(values, SMALLEST * mean) if mean > 0 else np.ones_like(values)
 
 
-def expected_error(weights: Floats, told: Floats | Decomposed, bits: int) -> Doubles:
-    """What LDLQ is going to lose, without doing it.
+def expected_errors(weights: Floats, hessian: Floats, bits: Iterable[int]) -> dict[int, Doubles]:
+    """What LDLQ is going to lose, without doing it; on real layers within 3 %.
 
     Args:
         weights: float32 [out, in].
-        told: the Hessian, float32 [in, in], or one decomposed already.
-        bits: 1 to 8.
+        hessian: float32 [in, in].
 
     Returns:
-        float64 [out]: the expected e^T H e of each output's errors e, of the damped Hessian.
+        By bits, float64 [out]: the expected e^T H e of each output's errors e, of the damped Hessian.
     """
-    share = DISTORTION[bits] * GAIN[bits] ** 2
-    if isinstance(told, Decomposed):
-        regular, decomposed = regularize(weights, None, GAIN[bits]), told
-        share *= float(np.square(regular.inputs).mean())
-    else:
-        regular = regularize(weights, told, GAIN[bits])
-        decomposed = decompose(told, regular.inputs.astype(np.float32))
+    regular = regularize(weights, hessian, 1.0)
+    decomposed = decompose(hessian, regular.inputs.astype(np.float32))
     # what is passed on comes on top of the weights
     passed = np.square(decomposed.lower).sum(axis=0, dtype=np.float64).reshape(-1, TILE).mean(axis=1) - 1
-    loss = share * (decomposed.spread * (1 + DISTORTION[bits] * passed)).sum()
-    return np.square(regular.outputs) * loss
+    power = np.square(regular.outputs)
+    return {
+        each: power * DISTORTION[each] * float((decomposed.spread * (1 + DISTORTION[each] * passed)).sum())
+        for each in bits
+    }
+
+
+def expected_error(weights: Floats, hessian: Floats, bits: int) -> Doubles:
+    """`expected_errors` of one number of bits."""
+    return expected_errors(weights, hessian, (bits,))[bits]
 
 
 class LDLQ(Method):
@@ -216,19 +237,27 @@ def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArr
 
 def _refit(weights: Floats, regular: Regular, coded: Floats, hessian: Floats | None) -> Regular:
     """The scales that lose least with these codes: those of the inputs together, then each output's."""
-    shape = regular.decode(coded)
+    parts = [slice(start, start + REFIT_ROWS) for start in range(0, len(weights), REFIT_ROWS)]
+    damped = None
+    change: Doubles = np.ones(weights.shape[1])
     if hessian is not None:
-        damped = hessian.astype(np.float64)
-        damped[np.diag_indices_from(damped)] += DAMPING * float(damped.diagonal().mean())
-        wanted = weights @ damped
-        try:
-            change = np.linalg.solve((shape.T @ shape) * damped, (shape * wanted).sum(axis=0))
-        except np.linalg.LinAlgError:
-            change = np.ones(shape.shape[1])
-        shape *= change
-        weighed = shape @ damped
-    else:
-        change, wanted, weighed = np.ones(shape.shape[1]), weights.astype(np.float64), shape
-    power = (shape * weighed).sum(axis=1)
-    factor = np.where(power > 0, (shape * wanted).sum(axis=1) / np.where(power > 0, power, 1.0), 1.0)
+        damped = hessian.copy()
+        damped[np.diag_indices_from(damped)] += np.float32(DAMPING * hessian.diagonal().mean())
+        moments, wanted = np.zeros(hessian.shape), np.zeros(len(hessian))
+        for rows in parts:
+            shape = regular.decode(coded[rows], rows)
+            moments += shape.T @ shape
+            wanted += np.einsum("oi,oi->i", shape, weights[rows] @ damped)
+        # an input without weights or without energy keeps its scale
+        ridge = np.maximum(1e-6 * (moments * damped).diagonal(), 1e-30)
+        moments *= damped
+        moments[np.diag_indices_from(moments)] += ridge
+        change = np.asarray(np.linalg.solve(moments, wanted + ridge), np.float64)
+    factor = np.ones(len(weights))
+    for rows in parts:
+        shape = regular.decode(coded[rows], rows) * change.astype(np.float32)
+        weighed = shape if damped is None else shape @ damped
+        power = np.einsum("oi,oi->o", shape, weighed)
+        at = power > 0
+        factor[rows][at] = np.einsum("oi,oi->o", weights[rows], weighed)[at] / power[at]
     return Regular(regular.noise, regular.inputs * change, regular.outputs * factor)

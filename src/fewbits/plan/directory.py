@@ -16,6 +16,7 @@ from fewbits import arch
 from fewbits.codecs.scaled import Scaled
 from fewbits.errors import FewbitsError
 from fewbits.layouts import LAYOUTS, Layout
+from fewbits.layouts.base import ANY
 from fewbits.plan.schema import Plan, PlannedTensor
 
 HEAD, HEAD_WEIGHT = "head", "lm_head.weight"
@@ -131,7 +132,7 @@ def target(
     if members and not decided and rate is None:
         raise FewbitsError(
             f"{name}: the target leaves the bits open.",
-            f"Pass --bpw, --size, --fit or a saved --plan, or name them: {family}:w4{spec}.",
+            f"Pass --bpw, --size, --fit or a saved --plan, or name them: {named_alike(family, spec, 4)}.",
         )
     layout = _usual(members, rate or 4) if members else LAYOUTS[family].from_spec(spec)
     fitting = methods_for(layout)
@@ -153,6 +154,11 @@ def target(
     if found.calibrated and not calibrated:
         raise FewbitsError(f"{name}: the scales of its activations need calibration.", "Pass --calibration TEXT.")
     return found
+
+
+def named_alike(family: str, spec: str, bits: float) -> str:
+    """The target that is like an open one, but has these bits."""
+    return f"{family}:{float(bits):g}" if spec == ANY else f"{family}:w{bits:g}{spec}"
 
 
 def _usual(members: Sequence[Layout], bits: float = 4) -> Layout:

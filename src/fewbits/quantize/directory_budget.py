@@ -22,7 +22,7 @@ from fewbits.memory import GPU, Hardware, memory
 from fewbits.memory.hardware import USABLE
 from fewbits.plan import Plan, PlannedTensor
 from fewbits.plan.budget import Alternative, Option, Spent, spend
-from fewbits.plan.directory import Target, alike, in_layout
+from fewbits.plan.directory import Target, alike, in_layout, named_alike
 from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory import DirectoryRequest, block_linears, laid_out, linears_of
 from fewbits.quantize.directory_losses import calibrated, guessed
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
 
 ENGINE_BITS = {"gptq": (4, 8), "ct": (4, 8)}
-"""What vLLM runs of each ecosystem, whose memory is then reckoned with for `--fit`; else that of transformers."""
+"""What vLLM runs of each ecosystem, whose memory is then reckoned with for `--fit`; else that of transformers ..."""
+EXLLAMA = ("exl2", "exl3")
+"""... or, of these, of exllamav2."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ def as_size(budget: Budget, path: Path, target: Target) -> Budget:
     if budget.fit is None:
         return budget
     served = all(layout.type.bits in ENGINE_BITS.get(layout.name, ()) for layout in target.members)
-    engine = "vllm" if served else "transformers"
+    engine = "exllamav2" if target.layout.name in EXLLAMA else "vllm" if served else "transformers"
     hardware = Hardware("", 1, "", 0, (GPU("the budget", "unknown", round(budget.fit / USABLE)),))
     family, _, spec = target.name.partition(":")
-    alike = f"{family}:w{target.layout.type.bits}{spec}"
-    needs = memory(path, target=alike, context=budget.context, kv=budget.kv, engine=engine, hardware=hardware)
+    like = named_alike(family, spec, target.layout.type.bits)
+    needs = memory(path, target=like, context=budget.context, kv=budget.kv, engine=engine, hardware=hardware)
     device = needs.device("GPU")
     assert device is not None
     rest = device.needed - device.weights

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class DirectoryJob:
         text: what calibrates the model or tells how much its weights matter.
         budget: what an open target may take, until it is spent.
         measured: what the measuring pass found, to be kept beside the weights.
+        seconds: that spending the budget took.
     """
 
     model: Model
@@ -72,6 +74,7 @@ class DirectoryJob:
     budget: Budget | None = None
     measurement: Path | None = None
     measured: bytes | None = None
+    seconds: float = 0.0
 
     @staticmethod
     def of(
@@ -136,6 +139,7 @@ class DirectoryJob:
         """
         if self.budget is None:
             return self
+        started = time.monotonic()
         measured, found = None, None
         if self.request.target.layout.name in MEASURED:
             from fewbits.quantize import exl2_measurement  # imports torch, which most targets do without
@@ -152,15 +156,17 @@ class DirectoryJob:
             found = exl2_measurement.alternatives(measured, self.model)
         options = (self.budget, self.text, found, threads, progress)
         plan = within_budget(self.plan, self.model, self.request, *options)
-        return replace(self, plan=plan, budget=None, measured=measured.to_json() if measured else None)
+        kept = measured.to_json() if measured else None
+        return replace(self, plan=plan, budget=None, measured=kept, seconds=time.monotonic() - started)
 
     def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
-        return execute_directory(
+        report = execute_directory(
             plan, self.model, self.request, output, files, threads, self.device, overwrite, progress
         )
+        return report.model_copy(update={"seconds": report.seconds + self.seconds})
 
     def _files(self, output: Path) -> tuple[dict[str, bytes], list[str]]:
         """Everything beside the weights, and notes on what is missing."""

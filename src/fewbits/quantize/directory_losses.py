@@ -15,7 +15,7 @@ from fewbits.checkpoint import Model
 from fewbits.codecs.trellis import Trellis
 from fewbits.errors import FewbitsError
 from fewbits.methods import Known, method
-from fewbits.methods.ldlq import expected_error
+from fewbits.methods.ldlq import expected_errors
 from fewbits.plan.directory import Target
 from fewbits.quantize.directory import linears_of
 from fewbits.quantize.importances import Progress
@@ -127,7 +127,8 @@ def _foretold(
     columns = sum(float(one.columns[min(expert, len(one.columns) - 1)].sum()) for one in known)
     scale = 0.5 * columns / max(float(told.hessian.trace()), 1e-30) / len(weights)
     bits = {to: int(target.layout_of(to).type.bits) for to in types}
-    return {to: scale * float(expected_error(weights, told.hessian, k).sum()) for to, k in bits.items()}
+    errors = expected_errors(weights, told.hessian, bits.values())
+    return {to: scale * float(errors[k].sum()) for to, k in bits.items()}
 
 
 def _by_hessian(known: Sensitivity, expert: int, rows: npt.NDArray[np.int64], told: Known) -> Weighing:

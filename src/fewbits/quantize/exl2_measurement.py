@@ -8,13 +8,13 @@ every bit rate. Its file is exllamav2's measurement.json (0.3.2), either way; `l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from fewbits.quantize.blockwise import ENERGY_CAP, known_of, rough_products
 from fewbits.quantize.losses import some_rows
 from fewbits.quantize.matrices import quantize_matrix
 
-WINDOWS = 8
+WINDOWS = 4
 """Windows that every line of the menu is tried on."""
 LEAST_ERROR = 1e-6
 MENUS = {
@@ -127,10 +127,6 @@ class Measurement(_Loose):
     def save(self, path: Path) -> None:
         with AtomicFile(path, overwrite=True) as file:
             file.write(self.to_json())
-
-
-class _Reached(Exception):
-    """The forward pass has gone far enough."""
 
 
 @dataclass(frozen=True)
@@ -227,11 +223,12 @@ class _Measuring:
                     self.streamed.run_block(index, block, self.stream, self.device)
                 recorder.detach()
                 inputs = {name: one for one in recorder.inputs() for name in one.names}
-                for number, module in enumerate(here):
-                    # what each module adds to the windows, in the order in which they run
-                    outputs = self.streamed.linears(index, block, [list(m.weights.values())[-1] for m in here])
-                    last = list(outputs.values())[: number + 1]
-                    lines[module.name] = self._lines(index, block, module, last, inputs, tested)
+                parts = {module.name: block.get_submodule(module.name.removeprefix(path)) for module in here}
+                with _watched(parts, tested) as calls:
+                    for batch in tested.batches:
+                        self.streamed.run_batch(index, block, tested, batch, self.device)
+                for module in here:
+                    lines[module.name] = self._lines(index, block, module, calls[module.name], inputs)
                 if progress:
                     progress(index + 1, count, "measured blocks")
         return Measurement(measurement=lines, last_module_idx=len(lines))
@@ -246,13 +243,7 @@ class _Measuring:
         return Stream(hidden, [slice(*pair) for pair in pairwise(ends)], self.stream.calls)
 
     def _lines(
-        self,
-        index: int,
-        block: nn.Module,
-        module: _Module,
-        last: Sequence[nn.Module],
-        inputs: Mapping[str, Inputs],
-        tested: Stream,
+        self, index: int, block: nn.Module, module: _Module, calls: Sequence[_Call], inputs: Mapping[str, Inputs]
     ) -> list[Line]:
         views = self.streamed.weights_of(index, block)
         plain = {name: views[name].clone() for name in module.weights.values()}
@@ -260,20 +251,19 @@ class _Measuring:
             name: self._made(name, plain[name], inputs[name], dict.fromkeys(line[place] for line in module.menu))
             for place, name in enumerate(module.weights.values())
         }
-        before = self._outputs(index, block, last, tested)
+        part = block.get_submodule(module.name.removeprefix(f"{self.streamed.block_path(index)}."))
         lines = []
         for line in module.menu:
             chosen = dict(zip(module.weights, line, strict=True))
-            parts = {projection: made[module.weights[projection]][kind] for projection, kind in chosen.items()}
+            found = {projection: made[module.weights[projection]][kind] for projection, kind in chosen.items()}
             for projection, name in module.weights.items():
-                views[name].copy_(parts[projection].weights)
-            after = self._outputs(index, block, last, tested)
-            errors = [float((new - old).norm() / old.norm()) for new, old in zip(after, before, strict=True)]
+                views[name].copy_(found[projection].weights)
+            errors = [error for call in calls for error in call.errors(part)]
             lines.append(
                 Line(
                     accuracy=1 - max(LEAST_ERROR, float(np.mean(errors))),
-                    total_bits=sum(part.nbytes for part in parts.values()) * 8,
-                    loss=sum(part.loss for part in parts.values()),
+                    total_bits=sum(one.nbytes for one in found.values()) * 8,
+                    loss=sum(one.loss for one in found.values()),
                     **{projection: Mixed.of(kind) for projection, kind in chosen.items()},
                 )
             )
@@ -301,15 +291,6 @@ class _Measuring:
             out[kind] = _Made(torch.from_numpy(decoded).half(), nbytes, max(loss, 0.0))
         return out
 
-    def _outputs(self, index: int, block: nn.Module, last: Sequence[nn.Module], tested: Stream) -> list[torch.Tensor]:
-        """Each window behind the last of these modules: what it was, and what they have added to it."""
-        found: list[torch.Tensor] = []
-        for batch in tested.batches:
-            with _stopped_after(last) as seen:
-                self.streamed.run_batch(index, block, tested, batch, self.device)
-            found += list(tested.hidden[batch] + torch.stack(seen).sum(0).cpu())
-        return found
-
 
 @dataclass(frozen=True)
 class _Made:
@@ -320,21 +301,48 @@ class _Made:
     loss: float
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A module's forward pass on some windows, to be repeated with other weights.
+
+    Attributes:
+        before: what its output was added to.
+        after: the sum.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    before: torch.Tensor
+    after: torch.Tensor
+
+    def errors(self, module: nn.Module) -> list[float]:
+        """Of each window, relative to what it was with the unquantized weights."""
+        now = self.before + _first(module(*self.args, **self.kwargs))
+        return [float((new - old).norm() / old.norm()) for new, old in zip(now, self.after, strict=True)]
+
+
+def _first(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
 @contextmanager
-def _stopped_after(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Forward passes within end when the last of these modules has run; their outputs are kept."""
-    seen: list[torch.Tensor] = []
+def _watched(modules: Mapping[str, nn.Module], stream: Stream) -> Iterator[dict[str, list[_Call]]]:
+    """The forward passes of a block's modules, which add to the windows one after the other."""
+    calls: dict[str, list[_Call]] = {name: [] for name in modules}
+    # run_batch puts its result in place of what it was given
+    given = [stream.hidden[batch].clone() for batch in stream.batches]
 
-    def hook(_: nn.Module, __: object, out: torch.Tensor) -> None:
-        seen.append(out)
-        if len(seen) == len(modules):
-            raise _Reached
+    def listener(name: str) -> Callable[..., None]:
+        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            earlier = [of[len(calls[name])].after for other, of in calls.items() if len(of) > len(calls[name])]
+            before = earlier[-1] if earlier else given[len(calls[name])].to(_first(out).device)
+            calls[name].append(_Call(args, kwargs, before, before + _first(out)))
 
-    handles = [module.register_forward_hook(hook) for module in modules]
+        return listen
+
+    handles = [module.register_forward_hook(listener(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        yield seen
-    except _Reached:
-        pass
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
