@@ -145,17 +145,26 @@ class Trellis(StorageType):
         """Memory for `search`, which one thread at a time can use again and again."""
         return walker(self.bits, self.codebook).workspace()
 
-    def search(self, tiles: Floats, work: Workspace | None = None) -> States:
+    def search(self, tiles: Floats, work: Workspace | None = None, device: str = "cpu") -> States:
         """The closest walks through the trellis.
 
         Args:
             tiles: float32 [tiles, 256], in the order of the steps.
             work: of `workspace`.
+            device: of torch; on a GPU the search is Triton's.
 
         Returns:
             uint16 [tiles, 256]: the state of each step.
         """
-        return self.states(walker(self.bits, self.codebook).walk(tiles, work))
+        if device == "cpu":
+            return self.states(walker(self.bits, self.codebook).walk(tiles, work))
+        import torch  # takes a second
+
+        from fewbits.kernels import viterbi_triton  # needs Triton, which comes with torch for GPUs
+
+        values = torch.from_numpy(codebook(self.codebook)).to(device)
+        found = viterbi_triton.walk(torch.from_numpy(tiles).to(device), values, self.bits)
+        return self.states(found.cpu().numpy().astype(np.uint16))
 
     def states(self, steps: States) -> States:
         """The state after each step [tiles, 256], from the bits that the steps add."""

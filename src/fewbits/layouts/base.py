@@ -51,6 +51,7 @@ class Made:
         windows, length: of the text that calibrated it, in tokens.
         text: its names.
         modules: every quantized module's layout and shape [out, in].
+        biased: those that have a bias.
     """
 
     bits: float
@@ -59,6 +60,7 @@ class Made:
     length: int
     text: str
     modules: Mapping[str, tuple[Layout, tuple[int, int]]]
+    biased: frozenset[str] = frozenset()
 
 
 class Layout(ABC):

@@ -104,15 +104,16 @@ class EXL3(Layout):
 
     def told(self, made: Made) -> EXL3:
         storage = {
-            name: layout.storage_entry(name, shape)
+            name: layout.storage_entry(name, shape, name in made.biased)
             for name, (layout, shape) in made.modules.items()
             if isinstance(layout, EXL3)
         }
         calibration = (made.windows, made.length)
         return replace(self, average_bits=made.bits, head_bits=made.head_bits, calibration=calibration, storage=storage)
 
-    def storage_entry(self, name: str, shape: tuple[int, int]) -> dict[str, Any]:
-        """What `tensor_storage` says of a module."""
+    def storage_entry(self, name: str, shape: tuple[int, int], biased: bool = False) -> dict[str, Any]:
+        """What `tensor_storage` says of a module. GPTQModel 7.7 loads what is named here alone, biases, too."""
+        parts = self.parts(shape) | ({".bias": Part("F16", (shape[0],))} if biased else {})
         stored = {
             name + suffix: {
                 "shape": list(part.shape),
@@ -120,7 +121,7 @@ class EXL3(Layout):
                 "dtype": f"torch.{DTYPES[part.dtype]}",
                 "torch_dtype": DTYPES[part.dtype],
             }
-            for suffix, part in self.parts(shape).items()
+            for suffix, part in parts.items()
         }
         entry = {"stored_tensors": stored, "quant_format": "exl3", "bits_per_weight": self.type.bits}
         multiplier = CODEBOOKS[self.type.codebook]

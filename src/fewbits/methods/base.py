@@ -30,39 +30,24 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Decomposed:
-    """A Hessian as error feedback in a rotated space uses it: H = L D L^T in blocks of 16, of the rotated inputs.
-
-    Attributes:
-        signs: float32 [columns], +1 or -1: inputs are multiplied by them, then Hadamard transformed in blocks of 128.
-        lower: float32 [columns, columns], L: unit matrices on the diagonal of blocks, nothing above it.
-        spread: float64 [columns / 16], the trace of each block of D.
-    """
-
-    signs: npt.NDArray[np.float32]
-    lower: npt.NDArray[np.float32]
-    spread: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
 class Known:
     """What is known of a matrix besides its weights; None for what is not.
 
     Attributes:
         importance: float32 [columns], the weight of each column's squared error: the mean square of each input.
         factor: of the Hessian.
-        decomposed: the rotated Hessian, for types that rotate.
         hessian: float32 [columns, columns], the mean of x x^T.
         peak: largest absolute input.
         amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
+        device: where searches run that can run on a GPU.
     """
 
     importance: npt.NDArray[np.float32] | None = None
     factor: Factor | None = None
-    decomposed: Decomposed | None = None
     hessian: npt.NDArray[np.float32] | None = None
     peak: float | None = None
     amax: float | None = None
+    device: str = "cpu"
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -189,7 +189,7 @@ class LDLQ(Method):
         lower = None
         if known.hessian is not None:
             lower = decompose(known.hessian, regular.inputs.astype(np.float32)).lower
-        states, coded = _code(regular.noise, lower, kind, pool)
+        states, coded = _code(regular.noise, lower, kind, known.device, pool)
         regular = _refit(weights, regular, coded, known.hessian)
         return TrellisCoded(kind, kind.pack(states), _half(regular.inputs), _half(regular.outputs))
 
@@ -199,18 +199,20 @@ def _half(values: Doubles) -> npt.NDArray[np.float16]:
 
 
 def _code(
-    noise: Floats, lower: Floats | None, kind: Trellis, pool: Executor | None
+    noise: Floats, lower: Floats | None, kind: Trellis, device: str, pool: Executor | None
 ) -> tuple[npt.NDArray[np.uint16], Floats]:
     """States [in / 16, out / 16, 256] and the values they stand for, [out, in]."""
 
-    def part(first: int) -> tuple[npt.NDArray[np.uint16], Floats]:
-        return _feed(np.ascontiguousarray(noise[first : first + OUTPUTS]), lower, kind)
+    together = OUTPUTS if device == "cpu" else len(noise)
 
-    parts = list((pool.map if pool else map)(part, range(0, noise.shape[0], OUTPUTS)))
+    def part(first: int) -> tuple[npt.NDArray[np.uint16], Floats]:
+        return _feed(np.ascontiguousarray(noise[first : first + together]), lower, kind, device)
+
+    parts = list((pool.map if pool else map)(part, range(0, len(noise), together)))
     return np.concatenate([states for states, _ in parts], axis=1), np.concatenate([coded for _, coded in parts])
 
 
-def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArray[np.uint16], Floats]:
+def _feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tuple[npt.NDArray[np.uint16], Floats]:
     """Code some outputs [out, in], blocks of 16 inputs from the last to the first."""
     rows, columns = noise.shape
     table, order = codebook(kind.codebook), tile_order()
@@ -228,7 +230,7 @@ def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArr
             if lower is not None:
                 now = now + missed[:, first + TILE : stop] @ lower[first + TILE : stop, here]
             tiles[:] = now.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, STEPS)[:, order]
-            states[first // TILE] = kind.search(tiles, work)
+            states[first // TILE] = kind.search(tiles, work, device)
             values[:, order] = table[states[first // TILE]]
             coded[:, here] = values.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, TILE)
             missed[:, here] = noise[:, here] - coded[:, here]

@@ -148,7 +148,7 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            known = replace(known_of(inputs, expert, self.methods), amax=amax)
+            known = replace(known_of(inputs, expert, self.methods), amax=amax, device=self.device)
             for name in names:
                 decoded = self._make(name, np.ascontiguousarray(views[name].cpu().numpy()), known)
                 views[name].copy_(torch.from_numpy(decoded))
@@ -171,7 +171,7 @@ class BlockwiseRun:
         inputs = Inputs.empty((name,), 1, self.stream.hidden, self.wants_hessians, ENERGY_CAP, self.rough)
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        self._make(name, weights, known_of(inputs, 0, self.methods))
+        self._make(name, weights, replace(known_of(inputs, 0, self.methods), device=self.device))
 
 
 def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
@@ -190,5 +190,6 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
     if count < len(mean):
-        return known
+        # too little for feedback of any kind
+        return replace(known, hessian=None) if "ldlq" in methods else known
     return replace(known, factor=factorize(mean)) if {"gptq", "awq+gptq"} & set(methods) else known

@@ -260,6 +260,7 @@ class DirectoryJob:
             length,
             ", ".join(Path(name).name for name in self.text.datasets) if self.text is not None else "",
             {t.name.removesuffix(".weight"): (layouts[t.name], (t.shape[0], t.shape[1])) for t in todo},
+            frozenset(t.name.removesuffix(".bias") for t in self.plan.tensors if t.name.endswith(".bias")),
         )
 
     def _quantized(self) -> list[str]:
