@@ -72,6 +72,7 @@ ENGINE_FACTS = (
         "never run here; stands in for it: its arithmetic, simulated bit by bit",
     ),
     EngineFact("exllamav3 1.6", "CUDA", r"exl3:.*", "should run", "2026-11", "never run here"),
+    EngineFact("gptqmodel 7.7", "CPU", r"exl3:.*", "runs", "2026-11-21", "BACKEND.EXL3_TORCH, plain torch"),
     EngineFact(VLLM, "CPU, CUDA", r"exl[23]:.*", "refuses", "2026-11", "not among its methods"),
     EngineFact("hqq 0.2.8", "CPU", r"hqq:.*", "runs", "2026-11-21", "layer by layer, see docs/checkpoints.md"),
 )

@@ -64,19 +64,20 @@ def calibrated(
     from fewbits.calibration.collect import BlockRecorder, owners
     from fewbits.calibration.sensitivity import sensitivities
     from fewbits.forward.streamed import StreamedModel, torch_threads
-    from fewbits.quantize.blockwise import ENERGY_CAP, known_of
+    from fewbits.quantize.blockwise import ENERGY_CAP, known_of, rough_products
 
     with torch_threads(threads):
         known = sensitivities(model, text, progress=progress)
-    owned = owners(model)
+    owned, rough = owners(model), rough_products("cpu")
     with torch_threads(threads), torch.no_grad():
         streamed = StreamedModel(model)
         stream = streamed.enter(text.inputs)
         for index in range(len(streamed.layers)):
             block = streamed.block(index)
-            recorder = BlockRecorder(True, ENERGY_CAP)
+            recorder = BlockRecorder(True, ENERGY_CAP, rough)
             recorder.attach(block, streamed.block_path(index), streamed, {name: [name] for name in types})
-            streamed.run_block(index, block, stream)
+            with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+                streamed.run_block(index, block, stream)
             recorder.detach()
             found: Losses = {}
             for inputs in recorder.inputs():
