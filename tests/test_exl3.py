@@ -19,7 +19,7 @@ from fewbits.errors import FewbitsError
 from fewbits.layouts.base import Made, Part
 from fewbits.layouts.exl3 import EXL3
 from fewbits.methods import Known
-from fewbits.methods.ldlq import DAMPING, DISTORTION, GAIN, LDLQ, decompose, expected_error, random_signs
+from fewbits.methods.ldlq import DAMPING, DISTORTION, GAIN, LDLQ, decompose, expected_errors, random_signs
 
 TYPES = {"float16": "F16", "int32": "I32", "int16": "I16"}
 KINDS = [Trellis(bits, name) for bits in BITS for name in CODEBOOKS]
@@ -150,7 +150,7 @@ def test_feedback_loses_less_than_rounding_and_what_was_expected(bits: int) -> N
     made = LDLQ.make(weights, kind, Known(hessian=hessian))
     fed = losses(made.decode(), weights, hessian)
     assert fed.sum() < 0.7 * rounded.sum()
-    expected = expected_error(weights, hessian, bits)
+    expected = expected_errors(weights, hessian, [bits])[bits]
     assert expected.shape == (256,)
     # in real layers 1 to 3 %; here there are many scales for few weights
     assert expected.sum() == pytest.approx(fed.sum(), rel=0.15)

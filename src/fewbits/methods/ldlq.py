@@ -170,11 +170,6 @@ def expected_errors(weights: Floats, hessian: Floats, bits: Iterable[int]) -> di
     }
 
 
-def expected_error(weights: Floats, hessian: Floats, bits: int) -> Doubles:
-    """`expected_errors` of one number of bits."""
-    return expected_errors(weights, hessian, (bits,))[bits]
-
-
 class LDLQ(Method):
     """Regularized weights, 16 inputs at a time from the last to the first, each block's loss passed on."""
 
