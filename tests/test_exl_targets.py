@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
     """Directories of the demo model, by target; those of EXL2 from one measurement."""
     folder = tmp_path_factory.mktemp("exl")
     out = {}
-    for target in ("exl2:3.0", "exl2:4.5", "exl3:2", "exl3:2.5", "exl3:4"):
+    for target in ("exl2:3.0", "exl2:4.5", "exl3:2.5", "exl3:4"):
         out[target] = folder / target.replace(":", "-")
         measurement = folder / "measurement.json" if target.startswith("exl2") else None
         fewbits.quantize(
@@ -61,7 +61,7 @@ def bits_of(folder: Path, target: str) -> float:
     return sum(8 * array.nbytes for array in stored.values()) / weights
 
 
-@pytest.mark.parametrize("target", ["exl2:3.0", "exl2:4.5", "exl3:2", "exl3:2.5", "exl3:4"])
+@pytest.mark.parametrize("target", ["exl2:3.0", "exl2:4.5", "exl3:2.5", "exl3:4"])
 def test_the_rate_is_met(made: dict[str, Path], target: str) -> None:
     asked = float(target.partition(":")[2])
     assert asked - 0.01 < bits_of(made[target], target) <= asked
@@ -73,11 +73,12 @@ def test_the_rate_is_met(made: dict[str, Path], target: str) -> None:
 def test_more_bits_lose_less(made: dict[str, Path], texts: tuple[Path, Path]) -> None:
     losses = {target: kl(folder, texts) for target, folder in made.items()}
     assert losses["exl2:4.5"] < losses["exl2:3.0"]
-    assert losses["exl3:4"] < losses["exl3:2.5"] < losses["exl3:2"]
-    assert losses["exl3:2.5"] < 3 * losses["exl2:3.0"]
+    assert losses["exl3:4"] < losses["exl3:2.5"]
+    # half a bit less
+    assert losses["exl3:2.5"] < losses["exl2:3.0"]
 
 
-@pytest.mark.parametrize("target", ["exl2:3.0", "exl3:2.5"])
+@pytest.mark.parametrize("target", ["exl2:3.0", "exl3:4"])
 def test_the_plan_tells_the_size(made: dict[str, Path], texts: tuple[Path, Path], target: str) -> None:
     measurement = made[target].parent / "measurement.json" if target.startswith("exl2") else None
     plan = fewbits.plan(MODEL, target, calibration=texts[0], calibration_chunks=CHUNKS, measurement=measurement)
@@ -88,8 +89,11 @@ def test_the_plan_tells_the_size(made: dict[str, Path], texts: tuple[Path, Path]
 
 def test_they_are_models_like_any_other(made: dict[str, Path], tmp_path: Path) -> None:
     for target in ("exl2:4.5", "exl3:4"):
-        report = fewbits.quantize(made[target], "Q8_0", tmp_path / f"{target[:4]}.gguf")
-        assert any("already quantized" in note for note in report.notes)
+        file = tmp_path / f"{target[:4]}.gguf"
+        fewbits.quantize(made[target], "Q8_0", file)
+        weights = open_model(made[target]).read("model.layers.1.mlp.up_proj.weight")
+        again = open_model(file).read("model.layers.1.mlp.up_proj.weight")
+        assert np.abs(again - weights).mean() < 0.01 * np.abs(weights).mean()
 
 
 def test_the_measurement_is_kept_and_serves_again(
@@ -154,6 +158,25 @@ def test_the_exact_allocation_is_no_worse_than_annealing(made: dict[str, Path], 
         assert exact.loss <= annealed(slots, budget, power, seed) * (1 + 1e-9)
 
 
+def test_a_tied_head_gets_codes_of_its_own(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "tied", "llama", {"tie_word_embeddings": True})
+    out = tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(texts[0].read_text() * 4)
+    fewbits.quantize(source, "exl2:4.5", out, calibration=text, calibration_chunks=2)
+    model = open_model(out)
+    head, embedding = model.read("lm_head.weight"), model.read("model.embed_tokens.weight")
+    assert head.shape == embedding.shape
+    # 6 bits and more of the very same matrix
+    assert 0 < np.abs(head - embedding).mean() < 0.05 * np.abs(embedding).mean()
+
+
+def test_a_budget_in_bytes(made: dict[str, Path], texts: tuple[Path, Path]) -> None:
+    options = {"calibration": texts[0], "calibration_chunks": CHUNKS, "budget": Budget(size=2_800_000)}
+    plan = fewbits.plan(MODEL, "exl2:any", measurement=made["exl2:3.0"] / "measurement.json", **options)
+    assert 2_790_000 < plan.file_size <= 2_800_000
+
+
 def test_the_head_can_stay(texts: tuple[Path, Path], tmp_path: Path) -> None:
     plan = fewbits.plan(MODEL, "exl3:3", calibration=texts[0], calibration_chunks=CHUNKS, head_bits=16)
     heads = [tensor for tensor in plan.tensors if tensor.name == "lm_head.weight"]
@@ -170,6 +193,9 @@ def test_what_cannot_be_is_refused(texts: tuple[Path, Path], tmp_path: Path) -> 
         ("gptq:w4g128", {"calibration": texts[0], "head_bits": 6}, "head stays"),
         ("exl3:3", {"calibration": texts[0], "measurement": tmp_path / "m.json"}, "nothing is measured"),
         ("exl2:4.0", {"calibration": texts[0], "budget": Budget(bpw=3)}, "names its bits"),
+        ("exl2:4.0", {"calibration": texts[0], "keep": ["down_proj"]}, "whole modules"),
+        ("exl3:any", {"calibration": texts[0]}, "leaves the bits open"),
+        ("exl2:2.0", {"calibration": texts[0]}, "the fewest bits"),
         ("exl2:4.0", {"calibration": texts[0], "measurement": MODEL / "config.json"}, "config.json"),
     ):
         with pytest.raises(FewbitsError, match=said):

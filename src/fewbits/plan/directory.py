@@ -137,7 +137,8 @@ def target(
     layout = _usual(members, rate or 4) if members else LAYOUTS[family].from_spec(spec)
     fitting = methods_for(layout)
     if method is None:
-        method = next(known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
+        free = (known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
+        method = next(free, fitting[0])
     if method not in fitting:
         raise FewbitsError(f"{name}: {method!r} does not make it.", f"Choose one of: {', '.join(fitting)}.")
     if getattr(layout, "act_order", False) and method not in CALIBRATED:

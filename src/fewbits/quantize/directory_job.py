@@ -99,6 +99,8 @@ class DirectoryJob:
         chosen = _target(name, method, bool(texts), budget, edited, head_bits)
         if measurement is not None and chosen.layout.name not in MEASURED:
             raise FewbitsError(f"{name}: nothing is measured for it.", "Leave out --measurement.")
+        if keep and chosen.layout.name in MEASURED and chosen.open:
+            raise FewbitsError(f"{name}: the measuring pass mixes bits for whole modules.", "Leave out --keep.")
         asked = _budget_flags(budget) if budget else []
         if chosen.rate is not None and edited is None:
             budget = Budget(bpw=chosen.rate)
