@@ -200,8 +200,8 @@ def test_what_cannot_be_is_refused(texts: tuple[Path, Path], tmp_path: Path) -> 
     ):
         with pytest.raises(FewbitsError, match=said):
             fewbits.plan(MODEL, target, calibration_chunks=CHUNKS if "calibration" in options else None, **options)
-    experts = save_tiny(tmp_path / "moe", "qwen3_moe")
-    with pytest.raises(FewbitsError, match="exl"):
+    experts = save_tiny(tmp_path / "moe", "qwen3-moe", {"moe_intermediate_size": 64})
+    with pytest.raises(FewbitsError, match="exl2 knows"):
         fewbits.plan(experts, "exl2:4.0", calibration=texts[0], calibration_chunks=CHUNKS)
 
 
