@@ -23,7 +23,7 @@ from fewbits.calibration import resume
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import load_whole
 from fewbits.layouts import LAYOUTS
-from fewbits.plan.directory import directory_targets
+from fewbits.plan import directory as plans
 from tiny_models import save_tiny
 
 blockwise = importlib.import_module("fewbits.quantize.blockwise")  # fewbits.quantize is the verb
@@ -85,10 +85,9 @@ def test_size_is_predicted_and_the_model_comes_back(target: str, tmp_path: Path,
 
 
 def test_every_listed_target_is_made_from_its_spec() -> None:
-    assert len(directory_targets()) > 25
-    for name in directory_targets():
-        family, _, spec = name.partition(":")
-        layout = LAYOUTS[family].from_spec(spec)
+    assert len(plans.directory_targets()) > 25
+    for name in plans.directory_targets():
+        layout = plans.target(name, None, calibrated=True).layout
         layout.check((4096, 4096))
         assert layout.parts((4096, 4096))
 
