@@ -158,6 +158,22 @@ def test_the_exact_allocation_is_no_worse_than_annealing(made: dict[str, Path], 
         assert exact.loss <= annealed(slots, budget, power, seed) * (1 + 1e-9)
 
 
+def test_a_saved_plan_is_followed(made: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, saved = plan_of(made, texts), tmp_path / "plan.json"
+    types = {tensor.name: tensor.codec for tensor in plan.tensors}
+    block = "model.layers.0.self_attn."
+    # the queries and values of a menu's line differ, which exllamav2 does not mind
+    edited = [
+        tensor.model_copy(update={"codec": "EXL2_8_G128"}) if tensor.name == f"{block}v_proj.weight" else tensor
+        for tensor in plan.tensors
+    ]
+    plan.model_copy(update={"tensors": edited}).save(saved)
+    again = fewbits.plan(MODEL, "exl2:3.0", calibration=texts[0], calibration_chunks=CHUNKS, edited=saved)
+    found = {tensor.name: tensor.codec for tensor in again.tensors}
+    assert found == {**types, f"{block}v_proj.weight": "EXL2_8_G128"}
+    assert again.file_size == sum(shard.size for shard in again.files) > plan.file_size
+
+
 def test_a_tied_head_gets_codes_of_its_own(texts: tuple[Path, Path], tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "tied", "llama", {"tie_word_embeddings": True})
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ from fewbits.layouts import LAYOUTS, Layout
 from fewbits.layouts.engines import engines_of
 from fewbits.methods import METHODS
 from fewbits.plan import PRESETS
-from fewbits.plan.directory import directory_targets, methods_for
+from fewbits.plan.directory import directory_targets, methods_for, nearest
 
 
 class _Row(BaseModel):
@@ -153,7 +153,7 @@ def _directory(name: str, summary: str) -> DirectoryRow:
     members = kind.members(spec)
     # where a mean is named, a layout near to it stands for the mixture
     rate = kind.rate(spec) if members else None
-    layout = kind.from_spec(spec) if rate is None else _nearest(members, rate)
+    layout = kind.from_spec(spec) if rate is None else nearest(members, rate)
     return DirectoryRow(
         name=name,
         bits_per_weight=_stored_bits(layout) if rate is None else rate,
@@ -179,13 +179,9 @@ def _open(name: str, kind: type[Layout], members: tuple[Layout, ...]) -> OpenRow
         named_widths=list(kind.rare_widths),
         least=min(bits),
         most=max(bits),
-        methods=list(methods_for(_nearest(members, 4))),
+        methods=list(methods_for(nearest(members, 4))),
         engines=_engines(name),
     )
-
-
-def _nearest(layouts: tuple[Layout, ...], bits: float) -> Layout:
-    return min(layouts, key=lambda layout: abs(layout.type.bits - bits))
 
 
 def _stored_bits(layout: Layout) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,14 @@ def walker(bits: int, name: str) -> Walker:
         _, ranks = np.unique(bins, return_inverse=True)
         values = (np.bincount(ranks, table) / np.bincount(ranks)).astype(np.float32)
     return Walker(ranks, values, bits)
+
+
+@cache
+def _values_on(name: str, device: str) -> Any:
+    """The codebook as a tensor on a GPU."""
+    import torch
+
+    return torch.from_numpy(codebook(name)).to(device)
 
 
 @cache
@@ -162,8 +170,7 @@ class Trellis(StorageType):
 
         from fewbits.kernels import viterbi_triton  # needs Triton, which comes with torch for GPUs
 
-        values = torch.from_numpy(codebook(self.codebook)).to(device)
-        found = viterbi_triton.walk(torch.from_numpy(tiles).to(device), values, self.bits)
+        found = viterbi_triton.walk(torch.from_numpy(tiles).to(device), _values_on(self.codebook, device), self.bits)
         return self.states(found.cpu().numpy().astype(np.uint16))
 
     def states(self, steps: States) -> States:

@@ -34,15 +34,17 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, _FLOATS)
 
 
-def _spread(builder: Any, value: Any, kind: Any) -> Any:
+def spread_lanes(builder: Any, value: Any, kind: Any) -> Any:
+    """A number in all lanes of a vector of this LLVM type."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(_BITS, [0] * WIDTH)
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
-    data = cgutils.create_struct_proxy(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), _FLOATS.as_pointer())
+def lanes_at(context: Any, builder: Any, array_type: Any, array: Any, at: Any, kind: Any) -> Any:
+    """Pointer to the vector of this LLVM type that begins at an item of an array."""
+    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), kind.as_pointer())
 
 
 @intrinsic
@@ -51,7 +53,7 @@ def load(typing: Any, array: Any, at: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = context.cast(builder, arguments[1], at, types.intp)
-        return builder.load(_place(context, builder, array, arguments[0], place), align=4)
+        return builder.load(lanes_at(context, builder, array, arguments[0], place, _FLOATS), align=4)
 
     return vector(array, at), generate
 
@@ -62,7 +64,7 @@ def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = context.cast(builder, arguments[1], at, types.intp)
-        builder.store(arguments[2], _place(context, builder, array, arguments[0], place), align=4)
+        builder.store(arguments[2], lanes_at(context, builder, array, arguments[0], place, _FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(array, at, value), generate
@@ -73,7 +75,7 @@ def spread(typing: Any, value: Any) -> Any:
     """A float32 in all lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _spread(builder, context.cast(builder, arguments[0], value, types.float32), _FLOATS)
+        return spread_lanes(builder, context.cast(builder, arguments[0], value, types.float32), _FLOATS)
 
     return vector(value), generate
 
@@ -84,17 +86,19 @@ def spread_bits(typing: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole = context.cast(builder, arguments[0], value, types.int32)
-        return builder.bitcast(_spread(builder, whole, _BITS), _FLOATS)
+        return builder.bitcast(spread_lanes(builder, whole, _BITS), _FLOATS)
 
     return vector(value), generate
 
 
-def _binary(operation: Callable[[Any, Any, Any], Any], doc: str) -> Any:
+def binary(kind: Any, operation: Callable[[Any, Any, Any], Any], doc: str) -> Any:
+    """An intrinsic on two values of a type of vectors."""
+
     def typed(typing: Any, a: Any, b: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return operation(builder, *arguments)
 
-        return vector(a, b), generate
+        return kind(a, b), generate
 
     typed.__doc__ = doc
     return intrinsic(typed)
@@ -108,12 +112,14 @@ def _bitwise(name: str) -> Callable[[Any, Any, Any], Any]:
     return operation
 
 
-add = _binary(lambda builder, a, b: builder.fadd(a, b, ("fast",)), "a + b")
-subtract = _binary(lambda builder, a, b: builder.fsub(a, b, ("fast",)), "a - b")
-multiply = _binary(lambda builder, a, b: builder.fmul(a, b, ("fast",)), "a * b")
-least = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), "The smaller of each lane")
-both_bits = _binary(_bitwise("and_"), "a & b, of the bits")
-any_bits = _binary(_bitwise("or_"), "a | b, of the bits")
+add = binary(vector, lambda builder, a, b: builder.fadd(a, b, ("fast",)), "a + b")
+subtract = binary(vector, lambda builder, a, b: builder.fsub(a, b, ("fast",)), "a - b")
+multiply = binary(vector, lambda builder, a, b: builder.fmul(a, b, ("fast",)), "a * b")
+least = binary(
+    vector, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), "The smaller of each lane"
+)
+both_bits = binary(vector, _bitwise("and_"), "a & b, of the bits")
+any_bits = binary(vector, _bitwise("or_"), "a | b, of the bits")
 
 
 @intrinsic

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-STEPS, MEMORY = 256, 16
+from fewbits.kernels.viterbi import MEMORY, REACH, STEPS
+
 NODES_AT_ONCE = 1024
-REACH = 80
-"""As in `kernels.viterbi`."""
 WORK_BYTES = 1 << 30
 """Ways that are kept at a time."""
 

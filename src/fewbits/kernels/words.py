@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -10,7 +9,8 @@ from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-WIDTH = 16
+from fewbits.kernels.vectors import WIDTH, binary, lanes_at, spread_lanes
+
 _WORD = ir.IntType(16)
 _WORDS = ir.VectorType(_WORD, WIDTH)
 
@@ -29,18 +29,13 @@ class _WordsModel(models.PrimitiveModel):
         super().__init__(manager, kind, _WORDS)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
-    data = cgutils.create_struct_proxy(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), _WORDS.as_pointer())
-
-
 @intrinsic
 def load(typing: Any, array: Any, at: Any) -> Any:
     """array[at : at + 16] of a contiguous flat uint16 array; nothing checks the bounds."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = context.cast(builder, arguments[1], at, types.intp)
-        return builder.load(_place(context, builder, array, arguments[0], place), align=2)
+        return builder.load(lanes_at(context, builder, array, arguments[0], place, _WORDS), align=2)
 
     return words(array, at), generate
 
@@ -56,7 +51,7 @@ def load_at(typing: Any, array: Any, places: Any, which: Any) -> Any:
         which_one = context.cast(builder, arguments[2], which, types.intp)
         data = cgutils.create_struct_proxy(places)(context, builder, arguments[1]).data
         place = builder.zext(builder.load(builder.gep(data, [which_one])), ir.IntType(64))
-        return builder.load(_place(context, builder, array, arguments[0], place), align=2)
+        return builder.load(lanes_at(context, builder, array, arguments[0], place, _WORDS), align=2)
 
     return words(array, places, which), generate
 
@@ -67,7 +62,7 @@ def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = context.cast(builder, arguments[1], at, types.intp)
-        builder.store(arguments[2], _place(context, builder, array, arguments[0], place), align=2)
+        builder.store(arguments[2], lanes_at(context, builder, array, arguments[0], place, _WORDS), align=2)
         return context.get_dummy_value()
 
     return types.void(array, at, value), generate
@@ -79,9 +74,7 @@ def spread(typing: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = context.cast(builder, arguments[0], value, types.uint16)
-        one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-        return builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), zeros)
+        return spread_lanes(builder, word, _WORDS)
 
     return words(value), generate
 
@@ -97,26 +90,15 @@ def whole(typing: Any, value: Any) -> Any:
     return words(value), generate
 
 
-def _binary(operation: Callable[[Any, Any, Any], Any], doc: str) -> Any:
-    def typed(typing: Any, a: Any, b: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return operation(builder, *arguments)
-
-        return words(a, b), generate
-
-    typed.__doc__ = doc
-    return intrinsic(typed)
-
-
 def _saturating(builder: Any, a: Any, b: Any) -> Any:
     kind = ir.FunctionType(_WORDS, (_WORDS, _WORDS))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.uadd.sat.v{WIDTH}i16"), (a, b))
 
 
-add = _binary(_saturating, "a + b, at most 65535")
-subtract = _binary(lambda builder, a, b: builder.sub(a, b), "a - b, for b <= a")
-multiply = _binary(lambda builder, a, b: builder.mul(a, b), "a * b, modulo 65536")
-least = _binary(
-    lambda builder, a, b: builder.select(builder.icmp_unsigned("<", a, b), a, b), "The smaller of each lane"
+add = binary(words, _saturating, "a + b, at most 65535")
+subtract = binary(words, lambda builder, a, b: builder.sub(a, b), "a - b, for b <= a")
+multiply = binary(words, lambda builder, a, b: builder.mul(a, b), "a * b, modulo 65536")
+least = binary(
+    words, lambda builder, a, b: builder.select(builder.icmp_unsigned("<", a, b), a, b), "The smaller of each lane"
 )
-both_bits = _binary(lambda builder, a, b: builder.and_(a, b), "a & b")
+both_bits = binary(words, lambda builder, a, b: builder.and_(a, b), "a & b")

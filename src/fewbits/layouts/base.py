@@ -92,8 +92,8 @@ class Layout(ABC):
     """Least and most bits per weight that a target may name as the mean over linears of different bits (`4.25`)."""
     mean_counts_scales: ClassVar[bool] = True
     """Whether that mean counts all that is stored of a linear, or its codes alone."""
-    head_widths: ClassVar[tuple[int, ...]] = ()
-    """Bits that the head can have, in ecosystems that quantize it; else it stays as it is."""
+    fuses: ClassVar[bool] = True
+    """Whether engines want one type for linears that they fuse."""
     rare_widths: ClassVar[tuple[int, ...]] = ()
     """Those of them that few engines take: chosen where they are asked for by name."""
     methods: ClassVar[tuple[str, ...]] = ()
@@ -151,9 +151,9 @@ class Layout(ABC):
         return value
 
     @classmethod
-    def for_head(cls, bits: int) -> Layout:
-        """The layout of a head of these bits, one of `head_widths`."""
-        raise NotImplementedError(cls.name)
+    def heads(cls) -> Mapping[int, Layout]:
+        """By bits, the layouts that the head can have, in ecosystems that quantize it; else it stays as it is."""
+        return {}
 
     @classmethod
     def members(cls, spec: str) -> tuple[Layout, ...]:

@@ -52,7 +52,7 @@ class EXL2(Layout):
     methods: ClassVar[tuple[str, ...]] = ("gptq",)
     old_rope_keys: ClassVar[bool] = True
     mean_bits: ClassVar[tuple[float, float] | None] = (2.0, 8.5)
-    head_widths: ClassVar[tuple[int, ...]] = tuple(HEAD)
+    fuses: ClassVar[bool] = False
 
     type: RowGroups
     head_bits: int | None = field(default=None, compare=False)
@@ -86,8 +86,8 @@ class EXL2(Layout):
         return tuple(cls(kind) for kind in sorted(kinds, key=lambda kind: (kind.bits, kind.name)))
 
     @classmethod
-    def for_head(cls, bits: int) -> EXL2:
-        return cls(HEAD[bits])
+    def heads(cls) -> Mapping[int, EXL2]:
+        return {bits: cls(kind) for bits, kind in HEAD.items()}
 
     def of_type(self, storage: str) -> EXL2 | None:
         try:

@@ -49,7 +49,6 @@ class EXL3(Layout):
     methods: ClassVar[tuple[str, ...]] = ("ldlq",)
     mean_bits: ClassVar[tuple[float, float] | None] = (1.0, 8.0)
     mean_counts_scales: ClassVar[bool] = False
-    head_widths: ClassVar[tuple[int, ...]] = tuple(BITS)
 
     type: Trellis
     head_bits: int | None = field(default=None, compare=False)
@@ -84,8 +83,8 @@ class EXL3(Layout):
         return () if _SPEC.fullmatch(spec) or not cls.mixed(spec) else tuple(cls(Trellis(bits)) for bits in BITS)
 
     @classmethod
-    def for_head(cls, bits: int) -> EXL3:
-        return cls(Trellis(bits))
+    def heads(cls) -> Mapping[int, EXL3]:
+        return {bits: cls(Trellis(bits)) for bits in BITS}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> EXL3:

@@ -89,7 +89,7 @@ class Target:
             for layout, names in known.items()
             if (any(asked in names for asked in wanted) if wanted else layout.type.bits not in rare)
         )
-        return replace(self, layout=_usual(members), members=members)
+        return replace(self, layout=nearest(members), members=members)
 
     @property
     def calibrated(self) -> bool:
@@ -134,7 +134,7 @@ def target(
             f"{name}: the target leaves the bits open.",
             f"Pass --bpw, --size, --fit or a saved --plan, or name them: {named_alike(family, spec, 4)}.",
         )
-    layout = _usual(members, rate or 4) if members else LAYOUTS[family].from_spec(spec)
+    layout = nearest(members, rate or 4) if members else LAYOUTS[family].from_spec(spec)
     fitting = methods_for(layout)
     if method is None:
         free = (known for known in fitting if calibrated or known not in CALIBRATED or _needs(family))
@@ -162,7 +162,7 @@ def named_alike(family: str, spec: str, bits: float) -> str:
     return f"{family}:{float(bits):g}" if spec == ANY else f"{family}:w{bits:g}{spec}"
 
 
-def _usual(members: Sequence[Layout], bits: float = 4) -> Layout:
+def nearest(members: Sequence[Layout], bits: float = 4) -> Layout:
     """The one that stands for all of them where they are alike: of so many bits, or the nearest to that."""
     return min(members, key=lambda layout: abs(layout.type.bits - bits))
 
@@ -173,15 +173,15 @@ def _head(family: str, bits: int | None) -> Layout | None:
     Raises:
         FewbitsError: the ecosystem leaves it as it is, or has no such bits.
     """
-    widths = LAYOUTS[family].head_widths
-    if bits is None and not widths:
+    heads = LAYOUTS[family].heads()
+    if bits is None and not heads:
         return None
-    if not widths:
+    if not heads:
         raise FewbitsError(f"{family}: the head stays as it is.", "Leave out --head-bits.")
-    if bits not in (None, UNQUANTIZED, *widths):
-        known = ", ".join(map(str, widths))
+    if bits not in (None, UNQUANTIZED, *heads):
+        known = ", ".join(map(str, heads))
         raise FewbitsError(f"{family}: a head of {bits} bits is not known.", f"Take {known}, or 16 to leave it.")
-    return None if bits == UNQUANTIZED else LAYOUTS[family].for_head(bits or HEAD_BITS)
+    return None if bits == UNQUANTIZED else heads[bits or HEAD_BITS]
 
 
 def _needs(family: str) -> bool:
@@ -294,8 +294,14 @@ def siblings(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear]) -
     return list(sets.values())
 
 
-def alike(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear]) -> list[list[str]]:
-    """The weights that engines keep in one type: what they fuse, and all experts of a block."""
+def alike(config: Mapping[str, Any], linears: Sequence[arch.DecoderLinear], fuses: bool = True) -> list[list[str]]:
+    """The weights that engines keep in one type: what they fuse, and all experts of a block.
+
+    Args:
+        fuses: see `Layout.fuses`; without, every weight is for itself.
+    """
+    if not fuses:
+        return [[linear.weight] for linear in linears]
     experts: dict[int, list[str]] = {}
     for linear in linears:
         if re.search(r"\.\d+\.", linear.module):

@@ -187,8 +187,8 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     if hessian is None:
         return Known(importance, peak=inputs.peaks[expert])
     mean = (hessian / count).cpu().numpy()
-    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
+    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     if count < len(mean):
         # too little for feedback of any kind
         return replace(known, hessian=None) if "ldlq" in methods else known

@@ -81,7 +81,7 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
         notes=notes,
     )
     if request.edited is not None:
-        sets = alike(model.config, linears_of(model))
+        sets = alike(model.config, linears_of(model), chosen.layout.fuses)
         with about(model.path):
             plan = follow(plan, request.edited, chosen, sets)
     if request.text is not None:

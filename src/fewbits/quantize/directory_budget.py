@@ -2,7 +2,7 @@
 least.
 
 What counts as bits per weight are the quantized linears with everything that is stored of them: codes, scales, zero
-points, indices. Embeddings, norms and the head stay as they are and are not counted; a size counts all of the
+points, indices (of EXL3 the codes alone). Embeddings, norms and the head are not counted; a size counts all of the
 safetensors files.
 """
 
@@ -67,15 +67,15 @@ def mixture_of(plan: Plan, model: Model, target: Target) -> Mixture:
     ordered = tuple(name for name, _ in sizes.most_common())
     others = tuple(
         (target.layout_of(types[names[0]]), tuple(name.removesuffix(".weight") for name in names))
-        for names in (_sets(model, types) if len(ordered) > 1 else [])
+        for names in (_sets(model, target, types) if len(ordered) > 1 else [])
         if types[names[0]] != ordered[0]
     )
     return Mixture(target.layout_of(ordered[0]).beside(others), ordered)
 
 
-def _sets(model: Model, among: Mapping[str, object]) -> list[list[str]]:
+def _sets(model: Model, target: Target, among: Mapping[str, object]) -> list[list[str]]:
     """The linears that engines keep in one type, of those that are quantized."""
-    every = alike(model.config, linears_of(model))
+    every = alike(model.config, linears_of(model), target.layout.fuses)
     return [kept for names in every if (kept := [name for name in names if name in among])]
 
 
@@ -129,7 +129,7 @@ class _Choice:
 
 def _choices(plan: Plan, model: Model, target: Target) -> list[_Choice]:
     tensors = {tensor.name: tensor for tensor in block_linears(plan)}
-    sets = [[tensors[name] for name in names] for names in _sets(model, tensors)]
+    sets = [[tensors[name] for name in names] for names in _sets(model, target, tensors)]
     # the target's usual layout can hold all, or there would be no plan
     return [_Choice(some, [one for one in target.members if _holds(one, some)]) for some in sets]
 
@@ -164,7 +164,7 @@ def check_room(plan: Plan, model: Model, target: Target, budget: Budget) -> None
     if budget.size is not None and fixed + least > budget.size:
         raise FewbitsError(
             f"{target.name}: the smallest mixture takes {fixed + least} bytes, {fixed} of them for embeddings, norms "
-            f"and head, which stay as they are; the budget has {budget.size}.",
+            f"and head; the budget has {budget.size}.",
             "Allow more, more --types, or make a GGUF, which has few bits for embeddings, too.",
         )
 
