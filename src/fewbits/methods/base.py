@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from fewbits.codecs import Codec
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
+
+Effort = Literal["fast", "default", "thorough"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Known:
         peak: largest absolute input.
         amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
         device: where searches run that can run on a GPU.
+        effort: how much time to take, for methods that gain by it.
     """
 
     importance: npt.NDArray[np.float32] | None = None
@@ -48,6 +51,7 @@ class Known:
     peak: float | None = None
     amax: float | None = None
     device: str = "cpu"
+    effort: Effort = "default"
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -21,7 +21,7 @@ from fewbits.plan.schema import Plan, PlannedTensor
 
 HEAD, HEAD_WEIGHT = "head", "lm_head.weight"
 HEAD_BITS, UNQUANTIZED = 6, 16
-CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant", "ldlq")
+CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant", "ldlq", "quip", "aqlm")
 """Methods that look at what text makes of a model."""
 
 

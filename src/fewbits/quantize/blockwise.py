@@ -28,6 +28,10 @@ from fewbits.quantize.matrices import Arrays, quantize_matrix
 from fewbits.quantize.rescaling import Rescaling
 
 Floats = npt.NDArray[np.float32]
+FEEDBACK = {"gptq", "awq+gptq"}
+"""Methods that use the Hessian's factor ..."""
+WHOLE_HESSIAN = {"ldlq", "quip", "aqlm"}
+"""... and the Hessian itself."""
 ENERGY_CAP = 8.0
 """Tokens count in a Hessian with at most so many times the median's energy: without, a few tokens with massive
 activations (the first of each window: specs, low-bit.md section 9) own it."""
@@ -116,7 +120,7 @@ class BlockwiseRun:
 
     @property
     def wants_hessians(self) -> bool:
-        return bool({"gptq", "awq", "awq+gptq", "ldlq"} & self.methods)
+        return bool({*FEEDBACK, "awq", *WHOLE_HESSIAN} & self.methods)
 
     @property
     def methods(self) -> set[str]:
@@ -191,5 +195,5 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     if count < len(mean):
         # too little for feedback of any kind
-        return replace(known, hessian=None) if "ldlq" in methods else known
-    return replace(known, factor=factorize(mean)) if {"gptq", "awq+gptq"} & set(methods) else known
+        return replace(known, hessian=None) if WHOLE_HESSIAN & set(methods) else known
+    return replace(known, factor=factorize(mean)) if FEEDBACK & set(methods) else known
