@@ -20,7 +20,7 @@ from fewbits.advise.schema import Advice
 from fewbits.advise.situation import Situation
 from fewbits.advise.sizes import SIZE_CLASSES
 from fewbits.api import quantize
-from fewbits.cli import app
+from fewbits.cli import application
 from fewbits.cli.advise import command, show
 from fewbits.errors import FewbitsError
 from fewbits.layouts.engines import engines_of
@@ -271,7 +271,7 @@ def test_advice_keeps_its_promises(
 
 def check_commands(advice: Advice) -> None:
     """Every command of fewbits parses: its verb, options and values exist."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(application())
     extra = typer.Typer()
     extra.command("advise")(command)
     extra.callback()(lambda: None)

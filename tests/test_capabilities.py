@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fewbits
-from fewbits.cli import app
+from fewbits.cli import application
 from fewbits.layouts import LAYOUTS
 from fewbits.plan.directory import target
 
@@ -36,9 +36,9 @@ def test_open_targets_are_what_planning_takes(name: str) -> None:
 
 
 def test_the_list_shows_them() -> None:
-    shown = CliRunner().invoke(app, ["list"])
+    shown = CliRunner().invoke(application(), ["list"])
     assert shown.exit_code == 0, shown.output
     line = next(line for line in shown.stdout.splitlines() if line.startswith("gptq:g128 "))
     assert "2, 3, 4, 8" in line and "gptqmodel" in line
-    data = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
+    data = json.loads(CliRunner().invoke(application(), ["list", "--json"]).stdout)
     assert {row["name"] for row in data["open_directories"]} == set(OPEN)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fewbits.cli import app
+from fewbits.cli import application
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +26,7 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
     for line in page.read_text().splitlines():
         for command in re.findall(r"(?:^    |`)fewbits ([a-z]+[^`#]*)", line):
             verb, options = command.split()[0], re.findall(r"(?<!\S)(--[a-z][a-z-]*)", command)
-            shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"})
+            shown = CliRunner().invoke(application(), [verb, "--help"], env={"COLUMNS": "200"})
             assert shown.exit_code == 0, f"{page.name}: {line.strip()}"
             for option in options:
                 assert option in shown.output, f"{page.name}: {line.strip()}"

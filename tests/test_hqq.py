@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
+from fewbits.kernels.powers import powers
 from fewbits.methods.hqq import STEPS, hqq
 
 SHAPE = (192, 576)
@@ -147,3 +148,10 @@ def test_other_zero_points_are_refused() -> None:
         hqq(weights_of(0.1), Scaled("INT", 4, (1, 64), "integer", "F16"))
     with pytest.raises(FewbitsError, match="do not divide"):
         hqq(weights_of(0.1, (64, 100)), type_of(4, 64, 1))
+
+
+def test_powers_are_torch_s() -> None:
+    bits = np.arange(np.float32(0.17).view(np.int32), np.float32(64).view(np.int32), 16, dtype=np.int32)
+    values = bits[: bits.size // 64 * 64].view(np.float32)  # whole vectors: torch computes what is left otherwise
+    for exponent in (-0.3, 0.7):
+        assert np.array_equal(powers(values, exponent), torch.from_numpy(values).pow(exponent).numpy())

@@ -5,45 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 
 import typer
 
-from fewbits.cli import (
-    advise,
-    calibrate,
-    compare,
-    convert,
-    demo,
-    doctor,
-    export,
-    inspect,
-    listing,
-    measure,
-    memory,
-    plan,
-    quantize,
-    run,
-)
 from fewbits.cli.output import talk
 from fewbits.errors import FewbitsError
 from fewbits.version import __version__
 
-app = typer.Typer(
-    help="Turn any language model into any few-bit format, know beforehand how big it gets, measure what it lost.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-VERBS = (
-    *(advise, memory, plan, quantize, calibrate, convert, measure, compare),
-    *(export, inspect, run, listing, doctor, demo),
-)
-for verb in VERBS:
-    app.command(verb.NAME)(verb.command)
+VERBS = {
+    **{name: name for name in ("advise", "memory", "plan", "quantize", "calibrate", "convert", "measure", "compare")},
+    **{"export": "export", "inspect": "inspect", "run": "run", "list": "listing", "doctor": "doctor", "demo": "demo"},
+}
+"""Names and the files they are in."""
 
 
-@app.callback(invoke_without_command=True)
+def application(verbs: Iterable[str] = VERBS) -> typer.Typer:
+    """The command line with these verbs; others need not be imported."""
+    app = typer.Typer(
+        help="Turn any language model into any few-bit format, know beforehand how big it gets, measure what it lost.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for verb in verbs:
+        app.command(verb)(import_module(f"fewbits.cli.{VERBS[verb]}").command)
+    app.callback(invoke_without_command=True)(_root)
+    return app
+
+
 def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
         sys.stdout.write(f"fewbits {__version__}\n")
@@ -55,7 +47,8 @@ def main() -> None:
     # a plain kill unwinds like an interrupt, so that nothing half-written is left
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
+        named = sys.argv[1:2]
+        application(named if named and named[0] in VERBS else VERBS)()
     except FewbitsError as error:
         talk(f"fewbits: {error}")
         sys.exit(2)

@@ -14,7 +14,6 @@ from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, stdout, table, talk_note
 from fewbits.memory import detect, named
 
-NAME = "advise"
 FITS = {"whole": "yes", "partly": "partly", "no": "no", None: "?"}
 
 

@@ -10,8 +10,6 @@ import typer
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, progress_bar, stdout, table, talk
 
-NAME = "calibrate"
-
 
 def command(
     model: o.ModelArgument,

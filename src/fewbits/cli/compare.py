@@ -13,8 +13,6 @@ from fewbits.cli.output import emit_json, progress_bar, table, talk
 if TYPE_CHECKING:
     from fewbits.report.schema import ComparisonReport
 
-NAME = "compare"
-
 
 def command(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The unquantized model.")],

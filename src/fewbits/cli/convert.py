@@ -13,7 +13,6 @@ from fewbits.cli.output import parse_size, progress_bar
 from fewbits.cli.quantize import output_beside, show
 from fewbits.errors import FewbitsError
 
-NAME = "convert"
 TARGETS = ("F32", "F16", "BF16", "COPY")
 
 

@@ -11,8 +11,6 @@ import typer
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, megabytes, stdout, table, talk
 
-NAME = "demo"
-
 
 def command(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the files in this folder.")] = None,

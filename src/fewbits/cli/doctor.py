@@ -8,8 +8,6 @@ from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, table
 from fewbits.doctor import doctor
 
-NAME = "doctor"
-
 
 def command(json: o.Json = False) -> None:
     """Check the installation: versions, engines, cores, memory, and a round trip through the kernels.

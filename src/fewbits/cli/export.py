@@ -15,8 +15,6 @@ from fewbits.cli.output import emit_json, stdout, talk, talk_note
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import AtomicFile
 
-NAME = "export"
-
 
 class What(StrEnum):
     """What is made of the model."""

@@ -10,7 +10,6 @@ from fewbits import api
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, megabytes, stdout, table
 
-NAME = "inspect"
 SHOWN_ITEMS = 6
 
 

@@ -6,8 +6,6 @@ from fewbits.capabilities import EngineRow, capabilities
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, stdout, table
 
-NAME = "list"
-
 
 def command(json: o.Json = False) -> None:
     """List targets, storage types, methods and architectures."""

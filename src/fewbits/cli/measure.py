@@ -10,8 +10,6 @@ import typer
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, progress_bar, table, talk
 
-NAME = "measure"
-
 
 def command(
     model: o.ModelArgument,

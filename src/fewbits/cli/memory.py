@@ -12,7 +12,6 @@ from fewbits.memory import Hardware, detect, named
 from fewbits.memory import memory as estimate
 from fewbits.memory.report import MemoryReport, Parts
 
-NAME = "memory"
 TITLES = {
     "weights": "weights",
     "kv_cache": "KV cache",

@@ -12,8 +12,6 @@ from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, table, talk, talk_note
 from fewbits.plan import Plan
 
-NAME = "plan"
-
 
 def command(
     model: o.ModelArgument,

@@ -13,8 +13,6 @@ from fewbits.cli import plan as plan_verb
 from fewbits.cli.output import emit_json, megabytes, parse_size, progress_bar, stdout, talk, talk_note
 from fewbits.quantize import QuantizeReport, default_output
 
-NAME = "quantize"
-
 
 def command(
     model: o.ModelArgument,

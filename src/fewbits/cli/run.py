@@ -9,8 +9,6 @@ import typer
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, talk
 
-NAME = "run"
-
 
 def command(
     model: o.ModelArgument,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.errors import FewbitsError
 from fewbits.kernels.hqq import mend, round_columns, round_rows, step_columns, step_rows
+from fewbits.kernels.powers import powers
 from fewbits.methods.base import Known, Method
 
 Floats = npt.NDArray[np.float32]
@@ -69,15 +70,10 @@ def _mend(
 
     Their powers are torch's: those are not the nearest floats, and hqq's are the same.
     """
-    import torch  # takes a second; few matrices have outliers
-
     outliers = np.empty(int(flags.sum()) * groups.shape[1], np.float32)
     settings = (groups, columns, inverse, zeros, top, flags)
     count = mend(*settings, np.empty(0, np.float32), outliers, moved)
-    # what does not fill two vectors, torch computes otherwise
-    padded = np.ones(-(-count // 32) * 32, np.float32)
-    padded[:count] = outliers[:count]
-    mend(*settings, torch.from_numpy(padded).pow(P - 1).numpy(), outliers, moved)
+    mend(*settings, powers(outliers[:count], P - 1), outliers, moved)
 
 
 class HQQ(Method):

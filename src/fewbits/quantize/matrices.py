@@ -26,6 +26,14 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 def quantize_matrix(
     weights: Floats, layout: Layout, chosen: str, known: Known | None = None, pool: ThreadPoolExecutor | None = None
 ) -> tuple[Arrays, Floats]:
+    """`packed`, and the weights as engines will decode them."""
+    arrays = packed(weights, layout, chosen, known, pool)
+    return arrays, layout.unpack(arrays, (weights.shape[0], weights.shape[1]))
+
+
+def packed(
+    weights: Floats, layout: Layout, chosen: str, known: Known | None = None, pool: ThreadPoolExecutor | None = None
+) -> Arrays:
     """Choose the codes of a matrix and pack them.
 
     Args:
@@ -34,7 +42,7 @@ def quantize_matrix(
         pool: to work on several rows at once, where rows do not depend on one another; the result is the same.
 
     Returns:
-        The stored arrays by suffix, and the weights as engines will decode them.
+        The stored arrays by suffix.
 
     Raises:
         FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
@@ -54,8 +62,7 @@ def quantize_matrix(
         found, g_idx = _fit_in_order(weights, kind, chosen, known, pool)
     else:
         found = _fit(weights, kind, chosen, known, pool)
-    arrays = layout.pack(found, g_idx, known.peak)
-    return arrays, layout.unpack(arrays, (weights.shape[0], weights.shape[1]))
+    return layout.pack(found, g_idx, known.peak)
 
 
 def _fit_in_order(
