@@ -26,12 +26,19 @@ def value(state: int, codebook: str) -> float:
 
 
 def states(words: npt.NDArray[np.int16]) -> list[int]:
-    """The 256 states of a tile from its words: bits highest first, the two words of each pair exchanged."""
-    bits = words.size // 16
+    """The 256 states of a tile from its words: bits highest first, the two words of each pair exchanged.
+
+    Where the words are those of a half bit a step, odd steps add one bit more than even ones.
+    """
+    bits, half = divmod(words.size, 16)
+    ends, end = [], 0
+    for t in range(256):
+        end += bits + (1 if half and t % 2 else 0)
+        ends.append(end)
     plain = words.view(np.uint16).reshape(-1, 2)[:, ::-1].ravel()
     stream = "".join(f"{int(word):016b}" for word in plain)
     around = stream[-16:] + stream
-    return [int(around[(t + 1) * bits : (t + 1) * bits + 16], 2) for t in range(256)]
+    return [int(around[end : end + 16], 2) for end in ends]
 
 
 def places() -> list[tuple[int, int]]:

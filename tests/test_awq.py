@@ -190,7 +190,7 @@ def test_rescaling_makes_rounding_hurt_less(name: str, tmp_path: Path) -> None:
         views = streamed.weights_of(0, block)
         linears = [name for name, view in views.items() if view.ndim == 2 and "block_sparse_moe.gate" not in name]
         if rescaled:
-            step = Rescaling(streamed, UINT4, linears, "awq", torch.bfloat16)
+            step = Rescaling(streamed, dict.fromkeys(linears, UINT4), "awq", torch.bfloat16)
             step(block, 0, lambda block=block: streamed.watch_block(0, block, stream))
             assert step.found and max(step.found.values()) < 1
             change = (output_of(streamed, 0, block, stream) - expected).abs().max() / expected.abs().max()

@@ -82,6 +82,27 @@ def test_decoding_is_that_of_the_description(kind: Trellis) -> None:
     assert [tile[right, down] for down, right in exl3_oracle.places()] == states
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_half_bits_are_read_and_not_made(bits: int) -> None:
+    kind = Trellis(bits, half=True)
+    random = np.random.default_rng(bits)
+    arrays = {
+        ".trellis": random.integers(-(1 << 15), 1 << 15, (16, 8, 16 * bits + 8)).astype(np.int16),
+        ".suh": random.standard_normal(256).astype(np.float16),
+        ".svh": random.standard_normal(128).astype(np.float16),
+        ".mul1": np.array(1, np.int32),
+    }
+    layout, shape = EXL3(Trellis(4)).identify(described(arrays), {})
+    assert layout.type == kind and shape == (128, 256) and kind.name == f"EXL3_{bits}.5"
+    assert described(arrays) == layout.parts(shape)
+    wanted = exl3_oracle.decode(arrays)
+    np.testing.assert_allclose(layout.unpack(arrays, shape), wanted, atol=2e-6 * np.abs(wanted).max())
+    with pytest.raises(FewbitsError, match="not made"):
+        kind.search(gaussian(1))
+    with pytest.raises(FewbitsError, match="Unknown trellis"):
+        Trellis.from_name(kind.name)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_the_reference_of_the_specs_agrees(kind: Trellis, shared_dir: Path) -> None:
     spec = importlib.util.spec_from_file_location("exl3_of_specs", shared_dir / "specs/reference/exl3.py")
@@ -266,7 +287,9 @@ def test_signs_of_the_first_version_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({".trellis": Part("I16", (8, 16, 24))}, "1.5 bits per weight: half bits"),
+        ({".trellis": Part("I16", (8, 16, 72)), ".mul1": Part("I32", ())}, "no trellis of 4.5 bits"),
+        ({".trellis": Part("I16", (8, 16, 24)), ".mul1": None}, "no trellis of 1.5 bits with the codebook '3inst'"),
+        ({".trellis": Part("I16", (8, 16, 52))}, "52 words"),
         ({".trellis": Part("I16", (8, 16, 144))}, "144 words"),
         ({".trellis": Part("I16", (8, 16, 0))}, "0 words"),
         ({".trellis": Part("I16", (8, 16))}, "not 3 axes"),

@@ -86,7 +86,7 @@ def test_blocks_with_outliers_lose_less(name: str, tmp_path: Path) -> None:
         streamed.run_block(0, block, stream)
         exact, stream.hidden = stream.hidden, before.clone()
         if smoothed:
-            step = Rescaling(streamed, INT8, linears, "smoothquant", torch.bfloat16)
+            step = Rescaling(streamed, dict.fromkeys(linears, INT8), "smoothquant", torch.bfloat16)
             step(block, 0, lambda block=block: streamed.watch_block(0, block, stream))
             assert any("input_layernorm" in place for place in step.found)
             streamed.run_block(0, block, stream)

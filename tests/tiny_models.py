@@ -112,6 +112,7 @@ TINY: dict[str, Tiny] = {
             "original_max_position_embeddings": 512, "max_position_embeddings": 4096,
         },
     ),
+    "bitnet": Tiny("BitNetConfig", {"hidden_act": "silu", "tie_word_embeddings": True}),
     "gpt2": Tiny(
         "GPT2Config",
         base={

@@ -15,6 +15,7 @@ from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_mode
 from fewbits.errors import FewbitsError
 from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
+from fewbits.methods.base import Effort
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.directory import is_directory_target
 from fewbits.quantize import PlanRequest, QuantizeReport
@@ -123,6 +124,7 @@ def plan(
     calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
+    effort: Effort = "default",
     method: str | None = None,
     keep: Sequence[str] = (),
     head_bits: int | None = None,
@@ -144,9 +146,11 @@ def plan(
         calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.promised`.
         calibration_chunks: most windows of texts.
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
+        effort: how much time to take where there is text; GGUF: `fast` looks at it once, `default` also quantizes block
+            by block with error feedback.
         method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
         keep: regular expressions of linears that a directory keeps unquantized.
-        head_bits: of the head, for exl2 and exl3: 6 unless said otherwise, 16 to leave it as it is.
+        head_bits: of the head, for exl2, exl3 and onnx: 6 (onnx: 8) unless said otherwise, 16 to leave it as it is.
         measurement: file of exl2's measuring pass: read where it exists, else written.
         budget: for the target `gguf`, or a directory's without bits in its name (`gptq:g128`): how much the files may
             take; types are chosen freely.
@@ -164,7 +168,9 @@ def plan(
     _refuse_directory_options(target, method, keep, head_bits, measurement)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
-    made = GGUFJob.of(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress)
+    made = GGUFJob.of(
+        source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
+    )
     return made.plan()
 
 
@@ -183,6 +189,7 @@ def quantize(
     calibration: str | Path | Sequence[str | Path] = (),
     calibration_chunks: int | None = None,
     hessians: str | Path | None = None,
+    effort: Effort = "default",
     method: str | None = None,
     keep: Sequence[str] = (),
     head_bits: int | None = None,
@@ -230,7 +237,9 @@ def quantize(
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
-    made = GGUFJob.of(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress)
+    made = GGUFJob.of(
+        source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
+    )
     return made.execute(overwrite)
 
 

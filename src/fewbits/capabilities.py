@@ -166,7 +166,7 @@ def _directory(name: str, summary: str) -> DirectoryRow:
 def _open_directories() -> list[OpenRow]:
     """Of each target with bits in its name the one without, where there is such."""
     specs = [name.partition(":") for name in directory_targets()]
-    names = dict.fromkeys((family, re.sub(r"^w\d+", "", spec)) for family, _, spec in specs)
+    names = dict.fromkeys((family, re.sub(r"^(w|int)\d+", "", spec)) for family, _, spec in specs)
     found = [(f"{family}:{spec}", LAYOUTS[family], LAYOUTS[family].members(spec)) for family, spec in names]
     return [_open(name, kind, members) for name, kind, members in found if members and name not in directory_targets()]
 

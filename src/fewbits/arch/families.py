@@ -467,6 +467,29 @@ _PHI3 = Family(
     ),
 )
 
+_BITNET = replace(
+    _QWEN2,
+    name="bitnet",
+    architecture="BitNetForCausalLM",
+    model_type="bitnet",
+    gguf="bitnet",
+    block_roles=(
+        *_NORMS,
+        *_norms("copy", attn_sub_norm="self_attn.attn_sub_norm", ffn_sub_norm="mlp.ffn_sub_norm"),
+        *_attention("no", "no", rotate=False),
+        *_mlp(),
+    ),
+    defaults={"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "relu2", "rope_theta": 500000.0},
+    # llama.cpp takes the embeddings for the head; 0c1e57098 knows SiLU alone, later ones a key for the activation
+    fixed={**_SILU, "tie_word_embeddings": (True,)},
+    pairs=(
+        ScalePair("input_layernorm", _QKV),
+        ScalePair("self_attn.attn_sub_norm", ("self_attn.o_proj",)),
+        ScalePair("post_attention_layernorm", _GATE_UP),
+        ScalePair("mlp.ffn_sub_norm", ("mlp.down_proj",)),
+    ),
+)
+
 _GPT2 = Family(
     name="gpt2",
     architecture="GPT2LMHeadModel",
@@ -519,7 +542,8 @@ _GPT2 = Family(
 )
 
 FAMILIES: tuple[Family, ...] = (
-    _LLAMA, _MISTRAL, _MIXTRAL, _SMOLLM3, _QWEN2, _QWEN3, _QWEN3_MOE, _GEMMA2, _GEMMA3, _PHI3, _GPT2,
+    _LLAMA, _MISTRAL, _MIXTRAL, _SMOLLM3, _QWEN2, _QWEN3, _QWEN3_MOE, _GEMMA2, _GEMMA3, _PHI3, _BITNET,
+    _GPT2,
 )  # fmt: skip
 
 

@@ -65,13 +65,16 @@ class GGUFTensor:
         source = self.sources[0]
         if self.change == "transpose" and len(self.shape) == 2:
             return np.ascontiguousarray(read(source)[:, start:stop].T)
-        if self.change in ("rope_q", "rope_k"):
-            order = _interleaved(self.heads, self.shape[0])
+        if (order := self.row_order()) is not None:
             if len(self.shape) == 1:
                 return read(source)[order][None][start:stop]
             return read(source, order[start:stop])
         values = read(source)[None][start:stop] if len(self.shape) == 1 else read(source, slice(start, stop))
         return values + np.float32(1) if self.change == "plus_one" else values
+
+    def row_order(self) -> npt.NDArray[np.int64] | None:
+        """Which row of the Hugging Face tensor each row is; None where they are the same."""
+        return _interleaved(self.heads, self.shape[0]) if self.change in ("rope_q", "rope_k") else None
 
     def _experts(self, read: Read, start: int, stop: int) -> Floats:
         height = self.shape[1]

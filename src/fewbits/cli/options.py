@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,10 @@ CalibrationChunks = Annotated[
     int | None, typer.Option("--calibration-chunks", min=1, help="Most windows of 512 tokens to run of texts.")
 ]
 
+Effort = Annotated[
+    Literal["fast", "default", "thorough"],
+    typer.Option("--effort", help="How much time to take where text calibrates; see docs/effort.md."),
+]
 Hessians = Annotated[
     Path | None,
     typer.Option(
@@ -90,7 +94,7 @@ Keep = Annotated[
     typer.Option("--keep", metavar="REGEX", help="Linear layers that a directory keeps unquantized; may be repeated."),
 ]
 HeadBits = Annotated[
-    int | None, typer.Option("--head-bits", help="Of the head, for exl2 and exl3: 6 by default, 16 leaves it as it is.")
+    int | None, typer.Option("--head-bits", help="Of the head, for exl2, exl3 and onnx; 16 leaves it as it is.")
 ]
 Measurement = Annotated[
     Path | None,

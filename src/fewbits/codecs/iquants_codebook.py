@@ -6,15 +6,18 @@ Layouts: block_iq2_xxs, block_iq2_xs, block_iq2_s, block_iq3_xxs and block_iq3_s
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Blocked, Bytes, Floats
+from fewbits.codecs.base import Floats
+from fewbits.codecs.fixed_codebooks import Found, GroupCodebook
 from fewbits.kernels.codebook import EIGHTS, FREE, PAIRS, Book, book, encode_blocks
 from fewbits.kernels.grids import LEVELS, grid
+from fewbits.kernels.group_feedback import EVEN
+from fewbits.kernels.group_feedback import FREE as ANY
 from fewbits.kernels.lanes import EXACT, get_f16, put_f16, usable_importance
 
 U8 = npt.NDArray[np.uint8]
@@ -210,41 +213,35 @@ def _values(name: str) -> Floats:
     return np.array(LEVELS[name], np.float32)[grid(name)]
 
 
-class _Codebook(Blocked):
+class _Codebook(GroupCodebook):
     """Encoding by search; subclasses name the kernels."""
 
-    block = 256
-    weighted = True
-    blocks: ClassVar[int]
-    """Block scales in a super-block."""
-    groups: ClassVar[int]
-    """Entries in a block."""
     signs: ClassVar[int]
-    unit: ClassVar[float]
     middle: ClassVar[float] = 22.0
     """The deviation of most blocks is some such multiple of their scale."""
     starts: ClassVar[tuple[float, ...]]
     """Multiples of the first scale at which all entries are searched."""
-    pack: Any
 
     @classmethod
-    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
-        rows, columns = weights.shape
+    def search(cls, weights: Floats, importance: Floats | None = None) -> Found:
         flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
-        count = flat.size // cls.block
-        entries = np.empty((count, cls.blocks, cls.groups), np.int16)
-        minus = np.empty(entries.shape, np.uint8)
-        scales, steps = np.empty((count, cls.blocks), np.uint8), np.empty(count, np.float32)
+        found = cls.empty(flat.size // cls.block)
         settings = (np.float32(cls.unit), np.float32(cls.middle) * AROUND, np.array(cls.starts, np.float32), PARTS)
-        weight = usable_importance(importance, columns)
-        encode_blocks(flat, weight, cls.signs, _book(cls.name), *settings, entries, minus, scales, steps)
-        out = np.empty((count, cls.block_bytes), np.uint8)
-        cls.pack(entries, minus, scales, steps, out)
-        return out.reshape(rows, -1)
+        weight = usable_importance(importance, weights.shape[1])
+        encode_blocks(flat, weight, cls.signs, _book(cls.name), *settings, *found)
+        return found
 
     @classmethod
     def tables(cls) -> tuple[Floats, ...]:
         return (_values(cls.name),)
+
+    @classmethod
+    def vocabulary(cls) -> tuple[Floats, int]:
+        return _values(cls.name), ANY if cls.signs == FREE else EVEN
+
+    @classmethod
+    def with_codewords(cls, found: Found, words: I16, minus: U8) -> Found:
+        return found._replace(entries=words, marks=minus)
 
 
 class IQ2_XXS(_Codebook):

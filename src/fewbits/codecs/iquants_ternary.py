@@ -6,14 +6,16 @@ Layouts: block_iq1_s and block_iq1_m of ggml-common.h.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fewbits.codecs.base import Blocked, Bytes, Floats
+from fewbits.codecs.base import Floats
+from fewbits.codecs.fixed_codebooks import Found, GroupCodebook
 from fewbits.kernels.grids import grid
+from fewbits.kernels.group_feedback import UNSIGNED
 from fewbits.kernels.lanes import EXACT, from_f16, get_f16, put_f16, to_f16, usable_importance
 from fewbits.kernels.ternary import Book, book, encode_grid_blocks
 
@@ -105,38 +107,44 @@ def _levels() -> Floats:
     return grid(GRID).astype(np.float32) - np.float32(1)
 
 
-class _TernaryGrid(Blocked):
+class _TernaryGrid(GroupCodebook):
     """Encoding by search; subclasses name the kernels."""
 
-    block = 256
-    weighted = True
-    blocks: ClassVar[int]
-    """Block scales in a super-block."""
-    groups: ClassVar[int]
-    """Entries in a block."""
     span: ClassVar[int]
-    """Entries that share a shift."""
+    """Entries that share a shift; where each has its own, it is part of the codeword, else settled like a scale."""
     starts: ClassVar[tuple[float, ...]]
     """Multiples of a block's deviation at which entries are searched."""
-    pack: Any
+    unit = 1.0
 
     @classmethod
-    def encode(cls, weights: Floats, importance: Floats | None = None) -> Bytes:
-        rows, columns = weights.shape
+    def search(cls, weights: Floats, importance: Floats | None = None) -> Found:
         flat = np.ascontiguousarray(weights, np.float32).reshape(-1)
-        count = flat.size // cls.block
-        entries = np.empty((count, cls.blocks, cls.groups), np.int16)
-        shifts = np.empty(entries.shape, np.uint8)
-        scales, steps = np.empty((count, cls.blocks), np.uint8), np.empty(count, np.float32)
-        settings = (cls.span, _book(), np.array(cls.starts, np.float32), PARTS)
-        encode_grid_blocks(flat, usable_importance(importance, columns), *settings, entries, shifts, scales, steps)
-        out = np.empty((count, cls.block_bytes), np.uint8)
-        cls.pack(entries, shifts, scales, steps, out)
-        return out.reshape(rows, -1)
+        found = cls.empty(flat.size // cls.block)
+        weight = usable_importance(importance, weights.shape[1])
+        encode_grid_blocks(flat, weight, cls.span, _book(), np.array(cls.starts, np.float32), PARTS, *found)
+        return found
 
     @classmethod
     def tables(cls) -> tuple[Floats, ...]:
         return (_levels(),)
+
+    @classmethod
+    def vocabulary(cls) -> tuple[Floats, int]:
+        levels = _levels()
+        return levels if cls.span > 1 else np.concatenate([levels + SHIFT, levels - SHIFT]), UNSIGNED
+
+    @classmethod
+    def offsets(cls, found: Found) -> Floats:
+        shift = SHIFT - found.marks * np.float32(2 * SHIFT)
+        return shift if cls.span > 1 else np.zeros_like(shift)
+
+    @classmethod
+    def with_codewords(cls, found: Found, words: I16, minus: U8) -> Found:
+        size = len(_levels())
+        return found._replace(
+            entries=(words % size).astype(np.int16),
+            marks=found.marks if cls.span > 1 else (words // size).astype(np.uint8),
+        )
 
 
 class IQ1_S(_TernaryGrid):

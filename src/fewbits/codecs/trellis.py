@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs.base import Floats
+from fewbits.codecs.hadamard import sylvester
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.trellis import STEPS, TILE, pack_steps, unpack_weights
@@ -29,6 +30,8 @@ HADAMARD = 128
 BITS = range(1, 9)
 CODEBOOKS = {"mul1": 0x83DCD12D, "mcg": 0xCBAC1FED, "3inst": None}
 """Multiplier of each hash that files name; that of `3inst` goes without saying."""
+MOST_HALF = 3
+"""Most whole bits of a rate with a half."""
 VALUES = 2048
 """Values of a codebook that the search tells apart."""
 States = npt.NDArray[np.uint16]
@@ -97,10 +100,7 @@ def tile_order() -> npt.NDArray[np.int64]:
 @cache
 def hadamard() -> npt.NDArray[np.float64]:
     """Sylvester's Hadamard matrix of 128, divided by sqrt(128)."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < HADAMARD:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(HADAMARD)
+    return sylvester(HADAMARD) / np.sqrt(HADAMARD)
 
 
 def rotate_columns(matrix: npt.NDArray[Real]) -> npt.NDArray[Real]:
@@ -121,10 +121,13 @@ class Trellis(StorageType):
     Attributes:
         bits: of a step, and so of a weight: 1 to 8.
         codebook: what states stand for: `mul1`, `mcg` or `3inst`.
+        half: whether every other step adds one bit more, as exllamav3 has it for 1.5, 2.5 and 3.5 bits with mul1
+            (`frac_k` in its `quantize.py`, 1.6.5). Such trellises are read and not made.
     """
 
     bits: int
     codebook: str = "mul1"
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or self.codebook not in CODEBOOKS:
@@ -132,14 +135,25 @@ class Trellis(StorageType):
                 f"There is no trellis of {self.bits} bits with the codebook {self.codebook!r}.",
                 f"Take 1 to 8 bits and one of {', '.join(CODEBOOKS)}.",
             )
+        if self.half and (self.bits > MOST_HALF or self.codebook != "mul1"):
+            raise FewbitsError(
+                f"There is no trellis of {self.bits}.5 bits with the codebook {self.codebook!r}.",
+                "exllamav3 has 1.5, 2.5 and 3.5 bits with the codebook mul1.",
+            )
 
     @property
     def name(self) -> str:
-        return f"EXL3_{self.bits}" + ("" if self.codebook == "mul1" else f"_{self.codebook.upper()}")
+        bits = f"{self.bits}.5" if self.half else f"{self.bits}"
+        return f"EXL3_{bits}" + ("" if self.codebook == "mul1" else f"_{self.codebook.upper()}")
+
+    @property
+    def words(self) -> int:
+        """Words of 16 bits in a tile."""
+        return TILE * self.bits + (TILE // 2 if self.half else 0)
 
     @classmethod
     def from_name(cls, name: str) -> Trellis:
-        """The type that plans name so.
+        """The type that plans name so, among those that can be made.
 
         Raises:
             FewbitsError: none.
@@ -163,7 +177,12 @@ class Trellis(StorageType):
 
         Returns:
             uint16 [tiles, 256]: the state of each step.
+
+        Raises:
+            FewbitsError: steps of two kinds.
         """
+        if self.half:
+            raise FewbitsError(f"{self.name}: half bits are read and not made.", "Take whole bits.")
         if device == "cpu":
             return self.states(walker(self.bits, self.codebook).walk(tiles, work))
         import torch  # takes a second
@@ -193,7 +212,7 @@ class TrellisCoded(Coded):
     """A matrix as trellises and scales.
 
     Attributes:
-        trellis: int16 [in / 16, out / 16, 16 bits].
+        trellis: int16 [in / 16, out / 16, words of a tile].
         suh: float16 [in], signs and scales of the inputs.
         svh: float16 [out], of the outputs.
     """
@@ -208,7 +227,7 @@ class TrellisCoded(Coded):
         tiles_in, tiles_out, _ = self.trellis.shape
         weights = np.empty((tiles_out * TILE, tiles_in * TILE), np.float32)
         packed = np.ascontiguousarray(self.trellis).view(np.uint16)
-        unpack_weights(packed, self.type.bits, codebook(self.type.codebook), tile_order(), weights)
+        unpack_weights(packed, codebook(self.type.codebook), tile_order(), weights)
         return weights
 
     def decode(self) -> Floats:

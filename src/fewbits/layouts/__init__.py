@@ -1,6 +1,6 @@
 """How ecosystems store quantized weights. Importing this package fills the registry."""
 
-from fewbits.layouts import awq, bitsandbytes, compressed_tensors, exl2, exl3, fp8, gptq, hqq
+from fewbits.layouts import aqlm, awq, bitnet, bitsandbytes, compressed_tensors, exl2, exl3, fp8, gptq, hqq, onnx, quip
 from fewbits.layouts.base import LAYOUTS, Arrays, Layout, Made, Part
 
 __all__ = [
@@ -9,7 +9,9 @@ __all__ = [
     "Layout",
     "Made",
     "Part",
+    "aqlm",
     "awq",
+    "bitnet",
     "bitsandbytes",
     "compressed_tensors",
     "exl2",
@@ -17,4 +19,6 @@ __all__ = [
     "fp8",
     "gptq",
     "hqq",
+    "onnx",
+    "quip",
 ]

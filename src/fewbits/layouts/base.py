@@ -96,6 +96,8 @@ class Layout(ABC):
     """Whether engines want one type for linears that they fuse."""
     rare_widths: ClassVar[tuple[int, ...]] = ()
     """Those of them that few engines take: chosen where they are asked for by name."""
+    usual_head: ClassVar[int] = 6
+    """Bits that the head gets where nothing is said of it, in ecosystems that quantize it; 16: it stays as it is."""
     methods: ClassVar[tuple[str, ...]] = ()
     """The methods that make it, the usual one first, where its type alone does not say."""
     type: StorageType

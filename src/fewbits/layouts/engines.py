@@ -74,6 +74,10 @@ ENGINE_FACTS = (
     EngineFact("exllamav3 1.6", "CUDA", r"exl3:.*", "should run", "2026-11", "never run here"),
     EngineFact("gptqmodel 7.7", "CPU", r"exl3:.*", "runs", "2026-11-21", "BACKEND.EXL3_TORCH, plain torch"),
     EngineFact(VLLM, "CPU, CUDA", r"exl[23]:.*", "refuses", "2026-11", "not among its methods"),
+    EngineFact(TRANSFORMERS, "CPU", r"bitnet(:.*)?", "runs", "2026-11-21", "torch.compile needs a C++ compiler"),
+    EngineFact(VLLM, "CPU, CUDA", r"quip:.*", "refuses", "2026-11", "not among its methods"),
+    EngineFact("onnxruntime-genai 0.18", "CPU", r"onnx:.*", "runs", "2026-11-21"),
+    EngineFact("onnxruntime 1.31", "CPU", r"onnx:.*", "runs", "2026-11-21", "model.onnx alone"),
     EngineFact("hqq 0.2.8", "CPU", r"hqq:.*", "runs", "2026-11-21", "layer by layer, see docs/checkpoints.md"),
 )
 

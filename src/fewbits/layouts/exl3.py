@@ -2,7 +2,8 @@
 
 A module of in = K, out = N has `trellis` int16 [K/16, N/16, 16 bits], `suh` float16 [K] and `svh` float16 [N]. An empty
 `mul1` or `mcg`, int32, says by being there which codebook it is; with neither it is 3inst, that of the first version.
-Files of that version have signs alone, `su` and `sv`, int16 bit fields in which a one is minus.
+Files of that version have signs alone, `su` and `sv`, int16 bit fields in which a one is minus. Half bits (1.5,
+2.5, 3.5; exllamav3 1.6) are read and not made.
 
 exllamav3 goes by the tensors. GPTQModel 7.7 wants `tensor_storage` in config.json and takes `version`, which exllamav3
 writes, for a format that it does not know: that key is in quantization_config.json alone.
@@ -136,7 +137,7 @@ class EXL3(Layout):
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
         rows, columns = shape
         parts = {
-            ".trellis": Part("I16", (columns // TILE, rows // TILE, TILE * self.type.bits)),
+            ".trellis": Part("I16", (columns // TILE, rows // TILE, self.type.words)),
             ".suh": Part("F16", (columns,)),
             ".svh": Part("F16", (rows,)),
         }
@@ -171,16 +172,11 @@ class EXL3(Layout):
 
     def identify(self, parts: Mapping[str, Part], values: Arrays) -> tuple[EXL3, tuple[int, int]]:
         words = get(parts, ".trellis", 3).shape[2]
-        if words % 16 == 8:
-            raise FewbitsError(
-                f".trellis holds {words / 16:g} bits per weight: half bits are not read.",
-                "Take a version of this model with whole bits, or one in another format.",
-            )
-        if words % 16 or words // 16 not in BITS:
+        if words % 8 or words // 16 not in BITS:
             raise FewbitsError(f".trellis has {words} words a tile, where 16 to 128 in steps of 16 can be.", DAMAGED)
         # with both, GPTQModel 7.7 takes mcg
         codebook = "mcg" if ".mcg" in parts else "mul1" if ".mul1" in parts else "3inst"
-        found = replace(self, type=Trellis(words // 16, codebook))
+        found = replace(self, type=Trellis(words // 16, codebook, words % 16 == 8))
         return found, found.shape_of(parts)
 
     def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> Floats:

@@ -11,10 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
+from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 
+ROWS = 256
+"""Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
 Effort = Literal["fast", "default", "thorough"]
 
 
@@ -25,10 +28,12 @@ class Factor:
     Attributes:
         order: int64 [columns]: in which columns are rounded, the most important first.
         upper: float32 [columns, columns]: the upper Cholesky factor of the damped inverse, in that order.
+        hessian: float32 [columns, columns], damped, in that order; for types whose groups of columns stay together.
     """
 
     order: npt.NDArray[np.int64]
     upper: npt.NDArray[np.float32]
+    hessian: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,14 @@ class Method(ABC):
         """
         if isinstance(kind, Scaled):
             return cls.fit(weights, kind, known)
+        if isinstance(kind, Blocks):
+
+            def part(start: int) -> npt.NDArray[np.uint8]:
+                return cls.quantize(weights[start : start + ROWS], kind.codec, known.importance, known.factor)
+
+            return BlocksCoded(
+                kind, np.concatenate(list((pool.map if pool else map)(part, range(0, len(weights), ROWS))))
+            )
         raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
 
 

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fewbits.codecs.blocks import Blocks
 from fewbits.codecs.scaled import Scaled
+from fewbits.codecs.storage import StorageType
+from fewbits.errors import FewbitsError
 
 RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 """Weights float32 [rows, columns] -> what they are once quantized; not in place."""
 ROWS = 192
 """Rows of all readers together that errors are computed on: they are sums over rows, a sample does."""
 FEWEST = 16
+SUB_BLOCK = 32
+"""Columns that share a scale in most types of GGUF."""
 WIDEST = 1e4
 """Most that two scales of one place differ by: all must survive 16-bit storage."""
 
@@ -49,8 +54,18 @@ def by_channel(columns: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
     return columns[channel.argsort(stable=True)].view(int(channel.max()) + 1, -1)
 
 
-def round_trip_of(kind: Scaled) -> RoundTrip:
+def group_of(kind: StorageType) -> int:
+    """Columns that share a scale; 0 for the whole row."""
+    return kind.block[1] if isinstance(kind, Scaled) else SUB_BLOCK
+
+
+def round_trip_of(kind: StorageType) -> RoundTrip:
     """Rounding to nearest in a storage type, on the tensors' device where the type is one of integers in rows."""
+    if isinstance(kind, Blocks):
+        blocks = kind.codec
+        return lambda weights: torch.from_numpy(blocks.decode(blocks.encode(weights.cpu().numpy()))).to(weights.device)
+    if not isinstance(kind, Scaled):
+        raise FewbitsError(f"No scales of channels are chosen for {kind.name}.", "Leave the method to the target.")
     if kind.levels == "INT" and kind.block[0] == 1 and kind.zero in ("middle", "integer") and not kind.strided:
         return _integers(kind)
 

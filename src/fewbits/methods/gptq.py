@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
+from fewbits.codecs.blocks import Blocks
+from fewbits.codecs.fixed_codebooks import GroupCodebook, fixed_codebook
 from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.codecs.row_groups import RowGroups
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
-from fewbits.methods import gptq_row_groups
+from fewbits.methods import gptq_groups, gptq_row_groups
 from fewbits.methods.base import Factor, Known, Method
 
 DAMPING = 0.01
@@ -24,8 +27,19 @@ COLUMNS = 128
 """Columns that are rounded before their errors reach the rest in one matrix product."""
 
 
-def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Factor:
+def feedback_span(codec: type[Codec]) -> int:
+    """How many neighbouring columns are chosen at once with error feedback, 0 for types that are only searched."""
+    if fixed_scales(codec) is not None:
+        return 1
+    return fixed_codebook(codec).span if issubclass(codec, GroupCodebook) else 0
+
+
+def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING, span: int = 1) -> Factor:
     """Prepare a Hessian, float32 [columns, columns]: the mean of x x^T over the tokens.
+
+    Args:
+        span: how many neighbouring columns stay together, in their order: see `feedback_span`. The factor's blocks of
+            that size are those of the block factor: a group's error d costs |d B^-1|^2, B its block.
 
     Raises:
         FewbitsError: it is not positive, however much it is damped.
@@ -35,7 +49,8 @@ def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Fac
     diagonal = hessian.diagonal().astype(np.float64)
     if not np.isfinite(hessian).all() or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
-    order = np.argsort(-diagonal, kind="stable")
+    groups = np.argsort(-diagonal.reshape(-1, span).sum(1), kind="stable")
+    order = (groups[:, None] * span + np.arange(span)).reshape(-1)
     mean = float(diagonal.mean()) or 1.0
     # with the order reversed, H = L L^T gives the wanted factor as the inverse of an upper triangle, reversed again
     back = order[::-1].copy()
@@ -47,7 +62,10 @@ def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Fac
             continue
         identity = torch.eye(order.size, dtype=torch.float64)
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return Factor(order, np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32))
+        upper = np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
+        if span == 1:
+            return Factor(order, upper)
+        return Factor(order, upper, np.ascontiguousarray(backward.numpy()[::-1, ::-1], np.float32))
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
@@ -69,6 +87,8 @@ class GPTQ(Method):
         importance: npt.NDArray[np.float32] | None = None,
         factor: Factor | None = None,
     ) -> npt.NDArray[np.uint8]:
+        if factor is not None and issubclass(codec, GroupCodebook):
+            return gptq_groups.quantize(weights, codec, importance, factor)
         data = codec.encode(weights, importance)
         scales = fixed_scales(codec)
         if factor is None or scales is None:
@@ -91,6 +111,10 @@ class GPTQ(Method):
     ) -> Coded:
         if isinstance(kind, RowGroups):
             return gptq_row_groups.quantize(weights, kind, known, pool)
+        if isinstance(kind, Blocks) and known.factor is not None and feedback_span(kind.codec) > 1:
+            if known.hessian is None:
+                raise FewbitsError(f"Error feedback for {kind.name} needs the whole Hessian.")
+            known = replace(known, factor=factorize(known.hessian, span=feedback_span(kind.codec)))
         return super().make(weights, kind, known, pool)
 
 

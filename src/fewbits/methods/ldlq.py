@@ -12,9 +12,10 @@ the scales are fitted again when all codes are known: docs/exl.md has the figure
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,25 +47,47 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """An orthogonal transform that is its own inverse.
+
+    Attributes:
+        rows: of a matrix [rows, columns], along the rows.
+        columns: along the columns.
+    """
+
+    rows: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    columns: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+
+
+BLOCKS = Rotation(rotate_rows, rotate_columns)
+"""Hadamard transforms of blocks of 128, as EXL3 has them."""
+
+
+@dataclass(frozen=True)
 class Decomposed:
-    """H = L D L^T of rotated inputs, in blocks of 16.
+    """H = L D L^T of rotated inputs, in blocks.
 
     Attributes:
         lower: float32 [columns, columns], L: unit matrices on the diagonal of blocks, nothing above them.
-        spread: float64 [columns / 16], the trace of each block of D.
+        spread: float64 [columns / block], the trace of each block of D.
+        damping: what was added to H's diagonal, times its mean.
     """
 
     lower: Floats
     spread: Doubles
+    damping: float
 
 
-def decompose(hessian: Floats, scales: Floats, damping: float = DAMPING) -> Decomposed:
-    """Prepare a Hessian for feedback among inputs that are multiplied by `scales`, then Hadamard transformed.
+def decompose(
+    hessian: Floats, scales: Floats, damping: float = DAMPING, rotation: Rotation = BLOCKS, block: int = TILE
+) -> Decomposed:
+    """Prepare a Hessian for feedback among inputs that are multiplied by `scales`, then rotated.
 
     Args:
-        hessian: float32 [columns, columns], the mean of x x^T; columns a multiple of 128.
+        hessian: float32 [columns, columns], the mean of x x^T, of a size that the rotation takes.
         scales: float32 [columns], none of them zero.
         damping: added to the diagonal, times its mean; ten times as much where that is too little.
+        block: inputs that are coded together.
 
     Raises:
         FewbitsError: the Hessian is not finite and positive, however much it is damped.
@@ -72,28 +95,31 @@ def decompose(hessian: Floats, scales: Floats, damping: float = DAMPING) -> Deco
     diagonal = hessian.diagonal().astype(np.float64)
     if not np.isfinite(hessian).all() or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
-    mean = float(diagonal.mean()) or 1.0
     for attempt in range(RETRIES):
+        added = damping * 10**attempt
         try:
-            return _decompose(hessian, scales.astype(np.float64), diagonal + damping * 10**attempt * mean)
+            lower = np.linalg.cholesky(rotate_hessian(hessian, scales, added, rotation))
         except np.linalg.LinAlgError:
             continue
+        spread = np.empty(scales.size // block)
+        for index in range(spread.size):
+            here = slice(index * block, (index + 1) * block)
+            own = lower[here, here].copy()
+            spread[index] = np.square(own).sum()
+            lower[here.start :, here] = np.linalg.solve(own.T, lower[here.start :, here].T).T
+        return Decomposed(lower.astype(np.float32), spread, added)
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
-def _decompose(hessian: Floats, scales: Doubles, diagonal: Doubles) -> Decomposed:
-    rotated = hessian.astype(np.float64)
-    np.fill_diagonal(rotated, diagonal)
-    rotated *= scales
-    rotated *= scales[:, None]
-    lower = np.linalg.cholesky(rotate_rows(rotate_columns(rotated)))
-    spread = np.empty(scales.size // TILE)
-    for block in range(spread.size):
-        here = slice(block * TILE, (block + 1) * TILE)
-        own = lower[here, here].copy()
-        spread[block] = np.square(own).sum()
-        lower[here.start :, here] = np.linalg.solve(own.T, lower[here.start :, here].T).T
-    return Decomposed(lower.astype(np.float32), spread)
+def rotate_hessian(hessian: Floats, scales: Floats, damping: float, rotation: Rotation) -> Doubles:
+    """The damped Hessian of inputs that are multiplied by `scales`, then rotated."""
+    rotated, wide = hessian.astype(np.float64), scales.astype(np.float64)
+    diagonal = rotated.diagonal().copy()
+    np.fill_diagonal(rotated, diagonal + damping * (float(diagonal.mean()) or 1.0))
+    rotated *= wide
+    rotated *= wide[:, None]
+    found: Doubles = rotation.rows(rotation.columns(rotated))
+    return found
 
 
 def random_signs(count: int, side: int = 0) -> Floats:
@@ -106,29 +132,49 @@ class Regular:
     """A matrix like Gaussian noise: weights = outputs * H @ noise @ H * inputs.
 
     Attributes:
-        noise: float32 [out, in], every block of 128 inputs of the same mean square.
+        noise: float32 [out, in], all inputs that are rotated together of the same mean square.
         inputs: float64 [in].
         outputs: float64 [out].
+        rotation: H.
     """
 
     noise: Floats
     inputs: Doubles
     outputs: Doubles
+    rotation: Rotation = BLOCKS
 
-    def decode(self, noise: Floats, rows: slice) -> Floats:
-        """Some rows of the weights, float32 [rows, in], with something else [rows, in] in place of the noise."""
-        weights = rotate_rows(rotate_columns(noise))
+    def decode(self, noise: Floats, rows: slice = slice(None)) -> Floats:
+        """Some rows of the weights, float32 [rows, in], with something else [rows, in] in place of the noise.
+
+        Args:
+            rows: such as are rotated among themselves.
+        """
+        weights = self.rotation.rows(self.rotation.columns(noise))
         weights *= self.inputs.astype(np.float32)
         weights *= self.outputs[rows].astype(np.float32)[:, None]
         return weights
 
 
-def regularize(weights: Floats, hessian: Floats | None, gain: float) -> Regular:
-    """Scale and rotate a matrix [out, in], both multiples of 128, until its standard deviation is `gain`."""
+def regularize(
+    weights: Floats,
+    hessian: Floats | None,
+    gain: float,
+    rotation: Rotation = BLOCKS,
+    together: int = HADAMARD,
+    outputs_power: float = 1.0,
+) -> Regular:
+    """Scale and rotate a matrix until its standard deviation is `gain`.
+
+    Args:
+        weights: float32 [out, in], of sizes that the rotation takes.
+        together: how many inputs are rotated among themselves.
+        outputs_power: of an output's weights' root mean square, which makes its scale.
+    """
     rows, columns = weights.shape
     outputs = _no_zeros(np.sqrt(np.einsum("oi,oi->o", weights, weights).astype(np.float64) / columns))
+    outputs **= outputs_power
     outputs *= random_signs(rows, 1) / outputs.mean()
-    turned = rotate_rows(weights / outputs.astype(np.float32)[:, None])
+    turned = rotation.rows(weights / outputs.astype(np.float32)[:, None])
     inputs = _no_zeros(np.sqrt(np.einsum("oi,oi->i", turned, turned).astype(np.float64) / rows))
     if hessian is not None:
         energy = hessian.diagonal().astype(np.float64)
@@ -136,12 +182,12 @@ def regularize(weights: Floats, hessian: Floats | None, gain: float) -> Regular:
         inputs = inputs**WEIGHTS_POWER * (energy / energy.mean()) ** INPUTS_POWER
     inputs *= random_signs(columns)
     turned /= inputs.astype(np.float32)
-    noise = rotate_columns(turned)
-    blocks = noise.reshape(rows, -1, HADAMARD)
-    size = np.sqrt(np.einsum("obi,obi->b", blocks, blocks).astype(np.float64) / (rows * HADAMARD)) / gain
+    noise: Floats = rotation.columns(turned)
+    blocks = noise.reshape(rows, -1, together)
+    size = np.sqrt(np.einsum("obi,obi->b", blocks, blocks).astype(np.float64) / (rows * together)) / gain
     size[size == 0] = 1.0
     blocks /= size.astype(np.float32)[:, None]
-    return Regular(noise, inputs * np.repeat(size, HADAMARD), outputs)
+    return Regular(noise, inputs * np.repeat(size, together), outputs, rotation)
 
 
 def _no_zeros(values: Doubles) -> Doubles:
@@ -185,11 +231,11 @@ class LDLQ(Method):
         if known.hessian is not None:
             lower = decompose(known.hessian, regular.inputs.astype(np.float32)).lower
         states, coded = _code(regular.noise, lower, kind, known.device, pool)
-        regular = _refit(weights, regular, coded, known.hessian)
-        return TrellisCoded(kind, kind.pack(states), _half(regular.inputs), _half(regular.outputs))
+        regular = refit(weights, regular, lambda rows: regular.decode(coded[rows], rows), known.hessian)
+        return TrellisCoded(kind, kind.pack(states), half(regular.inputs), half(regular.outputs))
 
 
-def _half(values: Doubles) -> npt.NDArray[np.float16]:
+def half(values: Doubles) -> npt.NDArray[np.float16]:
     return np.clip(values, -65504, 65504).astype(np.float16)
 
 
@@ -213,27 +259,68 @@ def _feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tu
     table, order = codebook(kind.codebook), tile_order()
     work = kind.workspace()
     states = np.empty((columns // TILE, rows // TILE, STEPS), np.uint16)
-    coded, missed = np.empty_like(noise), np.zeros_like(noise)
     tiles, values = np.empty((rows // TILE, STEPS), np.float32), np.empty((rows // TILE, STEPS), np.float32)
-    for stop in range(columns, 0, -HADAMARD):
-        start = stop - HADAMARD
+
+    def code(first: int, wanted: Floats) -> Floats:
+        tiles[:] = wanted.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, STEPS)[:, order]
+        states[first // TILE] = kind.search(tiles, work, device)
+        values[:, order] = table[states[first // TILE]]
+        return values.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, TILE)
+
+    return states, feed_back(noise, lower, code, TILE, HADAMARD)
+
+
+def feed_back(
+    noise: Floats,
+    gains: Floats | None,
+    code: Callable[[int, Floats], Floats],
+    block: int,
+    together: int,
+    before: Floats | None = None,
+) -> Floats:
+    """Code blocks of inputs from the last to the first, each with what makes up for the others' errors.
+
+    Args:
+        noise: float32 [out, in].
+        gains: float32 [in, in], how much of the error of each input (rows) goes to each other (columns); None for none.
+            In a first pass that is what is below the diagonal; in others, zero for the inputs of a block among
+            themselves.
+        code: takes a block's first input and what to code instead of it [out, block], and returns what it has become.
+        block: inputs that are coded together.
+        together: inputs, a multiple of `block`, whose errors reach the others by one product.
+        before: what a pass before has made of all inputs.
+
+    Returns:
+        float32 [out, in], what all blocks have become.
+    """
+    columns, again = noise.shape[1], before is not None
+    coded = np.empty_like(noise) if before is None else before.copy()
+    missed: Floats = np.zeros_like(noise) if before is None else noise - before
+    for stop in range(columns, 0, -together):
+        start = stop - together
         target = noise[:, start:stop].copy()
-        if lower is not None:
-            target += missed[:, stop:] @ lower[stop:, start:stop]
-        for first in range(stop - TILE, start - 1, -TILE):
-            here, now = slice(first, first + TILE), target[:, first - start : first - start + TILE]
-            if lower is not None:
-                now = now + missed[:, first + TILE : stop] @ lower[first + TILE : stop, here]
-            tiles[:] = now.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, STEPS)[:, order]
-            states[first // TILE] = kind.search(tiles, work, device)
-            values[:, order] = table[states[first // TILE]]
-            coded[:, here] = values.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, TILE)
+        if gains is not None:
+            target += missed[:, stop:] @ gains[stop:, start:stop]
+            if again:
+                target += missed[:, :start] @ gains[:start, start:stop]
+        for first in range(stop - block, start - 1, -block):
+            here = slice(first, first + block)
+            now: Floats = target[:, first - start : first - start + block]
+            if gains is not None:
+                near = slice(start if again else first + block, stop)
+                now = now + missed[:, near] @ gains[near, here]
+            coded[:, here] = code(first, now)
             missed[:, here] = noise[:, here] - coded[:, here]
-    return states, coded
+    return coded
 
 
-def _refit(weights: Floats, regular: Regular, coded: Floats, hessian: Floats | None) -> Regular:
-    """The scales that lose least with these codes: those of the inputs together, then each output's."""
+def refit(weights: Floats, regular: Regular, decoded: Callable[[slice], Floats], hessian: Floats | None) -> Regular:
+    """The scales that lose least with some codes: those of the inputs together, then each output's.
+
+    Args:
+        weights: float32 [out, in].
+        decoded: rows of what the codes make with the scales so far, float32 [rows, in].
+    """
     parts = [slice(start, start + REFIT_ROWS) for start in range(0, len(weights), REFIT_ROWS)]
     damped = None
     change: Doubles = np.ones(weights.shape[1])
@@ -242,7 +329,7 @@ def _refit(weights: Floats, regular: Regular, coded: Floats, hessian: Floats | N
         damped[np.diag_indices_from(damped)] += np.float32(DAMPING * hessian.diagonal().mean())
         moments, wanted = np.zeros(hessian.shape), np.zeros(len(hessian))
         for rows in parts:
-            shape = regular.decode(coded[rows], rows)
+            shape = decoded(rows)
             moments += shape.T @ shape
             wanted += np.einsum("oi,oi->i", shape, weights[rows] @ damped)
         # an input without weights or without energy keeps its scale
@@ -252,9 +339,9 @@ def _refit(weights: Floats, regular: Regular, coded: Floats, hessian: Floats | N
         change = np.asarray(np.linalg.solve(moments, wanted + ridge), np.float64)
     factor = np.ones(len(weights))
     for rows in parts:
-        shape = regular.decode(coded[rows], rows) * change.astype(np.float32)
+        shape = decoded(rows) * change.astype(np.float32)
         weighed = shape if damped is None else shape @ damped
         power = np.einsum("oi,oi->o", shape, weighed)
         at = power > 0
         factor[rows][at] = np.einsum("oi,oi->o", weights[rows], weighed)[at] / power[at]
-    return Regular(regular.noise, regular.inputs * change, regular.outputs * factor)
+    return replace(regular, inputs=regular.inputs * change, outputs=regular.outputs * factor)

@@ -20,9 +20,13 @@ from fewbits.layouts.base import ANY
 from fewbits.plan.schema import Plan, PlannedTensor
 
 HEAD, HEAD_WEIGHT = "head", "lm_head.weight"
-HEAD_BITS, UNQUANTIZED = 6, 16
+UNQUANTIZED = 16
 CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant", "ldlq", "quip", "aqlm")
 """Methods that look at what text makes of a model."""
+USUAL = {"bitnet": "autobitlinear"}
+"""What an ecosystem's name alone stands for, where one target is what nearly everybody wants."""
+LINEARS_ALONE = ("bnb", "bitnet")
+"""Ecosystems whose loader in transformers replaces linear modules, which its experts are not."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class Target:
 
 
 def is_directory_target(name: str) -> bool:
-    """Whether a target names an ecosystem's directory (`gptq:w4g128`) rather than a preset of GGUF."""
-    return ":" in name
+    """Whether a target names an ecosystem's directory (`gptq:w4g128`, `bitnet`) rather than a preset of GGUF."""
+    return ":" in name or name.strip().lower() in USUAL
 
 
 def directory_targets() -> dict[str, str]:
@@ -126,6 +130,7 @@ def target(
             an open target without a budget.
     """
     family, _, spec = name.strip().lower().partition(":")
+    spec = spec or USUAL.get(family, "")
     if family not in LAYOUTS:
         raise FewbitsError(f"Unknown target {name!r}.", f"Known: {', '.join(directory_targets())}.")
     rate, members = LAYOUTS[family].rate(spec), LAYOUTS[family].members(spec)
@@ -150,7 +155,7 @@ def target(
         others = [known for known in fitting if known not in CALIBRATED]
         way_out = f"; or do without: --method {others[0]}" if others else ""
         raise FewbitsError(f"{name}: {method} needs calibration.", f"Pass --calibration TEXT{way_out}.")
-    head = _head(family, head_bits)
+    head = _head(layout, head_bits)
     found = Target(f"{family}:{spec}", layout, method, members, rate if members else None, head)
     if found.calibrated and not calibrated:
         raise FewbitsError(f"{name}: the scales of its activations need calibration.", "Pass --calibration TEXT.")
@@ -167,13 +172,13 @@ def nearest(members: Sequence[Layout], bits: float = 4) -> Layout:
     return min(members, key=lambda layout: abs(layout.type.bits - bits))
 
 
-def _head(family: str, bits: int | None) -> Layout | None:
+def _head(layout: Layout, bits: int | None) -> Layout | None:
     """The layout of the head.
 
     Raises:
         FewbitsError: the ecosystem leaves it as it is, or has no such bits.
     """
-    heads = LAYOUTS[family].heads()
+    heads, family = layout.heads(), layout.name
     if bits is None and not heads:
         return None
     if not heads:
@@ -181,7 +186,8 @@ def _head(family: str, bits: int | None) -> Layout | None:
     if bits not in (None, UNQUANTIZED, *heads):
         known = ", ".join(map(str, heads))
         raise FewbitsError(f"{family}: a head of {bits} bits is not known.", f"Take {known}, or 16 to leave it.")
-    return None if bits == UNQUANTIZED else heads[bits or HEAD_BITS]
+    wanted = bits or layout.usual_head
+    return None if wanted == UNQUANTIZED else heads[wanted]
 
 
 def _needs(family: str) -> bool:
@@ -235,9 +241,9 @@ def plan_directory(
             f"{odd}: not a plain linear layer, which engines of {chosen.layout.name} checkpoints expect.",
             "Make a GGUF instead, e.g. Q4_K_M.",
         )
-    if chosen.layout.name == "bnb" and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
+    if chosen.layout.name in LINEARS_ALONE and any(re.search(r"\.\d+\.", linear.module) for linear in linears):
         raise FewbitsError(
-            "transformers keeps all experts of a block in one tensor, which bitsandbytes cannot hold.",
+            f"transformers keeps all experts of a block in one tensor, which {chosen.layout.quant_method} cannot hold.",
             "Take ct:w4a16g128 or a GGUF preset.",
         )
     kept = _kept(linears, keep)

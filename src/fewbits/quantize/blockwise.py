@@ -1,5 +1,6 @@
 """Calibrated quantization, one decoder block after another: each is calibrated on what the quantized ones before it
-give, and within it each set of linears that share an input on what the quantized sets before them give.
+give, and within it each set of linears that share an input on what the quantized sets before them give. Types that
+have continuous parts are then tuned on the block's output (`tuning`).
 
 All windows go through a block side by side: each stops in front of a set of linears until their common input is known
 from all windows and the set is quantized, then goes on with the quantized weights. So every linear is computed once.
@@ -24,8 +25,10 @@ from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Progress, Stream, StreamedModel
 from fewbits.layouts import Layout
 from fewbits.methods import Known, factorize
+from fewbits.methods.base import Effort
 from fewbits.quantize.matrices import Arrays, quantize_matrix
 from fewbits.quantize.rescaling import Rescaling
+from fewbits.quantize.tuning import EPOCHS, TunableLayout, Tuning
 
 Floats = npt.NDArray[np.float32]
 FEEDBACK = {"gptq", "awq+gptq"}
@@ -58,6 +61,9 @@ class BlockwiseRun:
         put: takes a finished weight's stored name and arrays.
         put_plain: takes a block's other parameters, which rescaling may change.
         rough: whether products are taken in bfloat16; see `rough_products`.
+        effort: how much time methods that gain by it may take.
+        norms: type in which a block's norms are stored, for `put_plain`, where tuning may change them.
+        tuned: of each block that tuning has changed, the held-out windows' error before and after.
     """
 
     streamed: StreamedModel
@@ -70,7 +76,12 @@ class BlockwiseRun:
     rescaling: Rescaling | None = None
     device: str = "cpu"
     rough: bool = False
+    effort: Effort = "default"
+    norms: torch.dtype | None = None
     without_data: list[str] = field(default_factory=list)
+    tuned: list[tuple[float, float]] = field(default_factory=list)
+    _waiting: dict[str, Arrays] | None = None
+    _work: _Work | None = None
 
     def run(self, first: int, done: Callable[[int], None], progress: Progress | None) -> None:
         """Quantize the blocks from `first` on.
@@ -82,13 +93,15 @@ class BlockwiseRun:
             FewbitsError: names the weight that cannot be quantized.
         """
         count = len(self.streamed.layers)
+        # a block of these takes minutes: told by the weight
+        self._work = _Work.of(self, first, progress) if progress and WHOLE_HESSIAN & self.methods else None
         with torch.no_grad(), self._products():
             for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
                 self._block(index, block)
                 del block
                 done(index + 1)
-                if progress:
+                if progress and self._work is None:
                     progress(index + 1, count, "decoder blocks")
 
     def _block(self, index: int, block: nn.Module) -> None:
@@ -97,10 +110,9 @@ class BlockwiseRun:
         if self.rescaling:
             with torch.autocast(self.device, enabled=False):
                 self.rescaling(block, index, partial(self._watch, index, block))
-            for name, values in views.items():
-                if name not in self.planned:
-                    self.put_plain(name, values.cpu().numpy())
+            self._put_plain(views)
         stages = self._stages(index, block)
+        tuning = self._tuning(index, block)
         recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait)
         # the first weight of each set listens for all of them
         self._attach(recorder, index, block, {names[0]: names for names in stages})
@@ -117,6 +129,43 @@ class BlockwiseRun:
             if names:
                 self._quantize(recorder.take(names), views)
         recorder.detach()
+        if tuning:
+            self._tune(tuning, views)
+        if self.norms is not None:
+            self._put_plain(views)
+
+    def _put_plain(self, views: Mapping[str, torch.Tensor]) -> None:
+        for name, values in views.items():
+            if name not in self.planned:
+                self.put_plain(name, values.cpu().numpy())
+
+    def _tuning(self, index: int, block: nn.Module) -> Tuning | None:
+        """For a block some of whose weights can be tuned, once quantized: these wait to be put until then."""
+        names = self.streamed.weights_of(index, block)
+        if not EPOCHS[self.effort] or not any(isinstance(self.layouts.get(name), TunableLayout) for name in names):
+            return None
+        self._waiting = {}
+        return Tuning(self.streamed, self.stream, index, block, self.device, self.norms)
+
+    def _tune(self, tuning: Tuning, views: Mapping[str, torch.Tensor]) -> None:
+        """Tune a quantized block, put its weights, and take the windows through it anew where that has changed it."""
+        waiting, self._waiting = self._waiting or {}, None
+        layouts = {name: self.layouts[name] for name in waiting}
+        if self._work:
+            self._work.tell(f"tuning decoder block {tuning.index + 1}")
+        tunable = {name: layout for name, layout in layouts.items() if isinstance(layout, TunableLayout)}
+        found = tuning({name: layout.coded(waiting[name]) for name, layout in tunable.items()}, self.effort)
+        if found:
+            self.tuned.append((found.before, found.after))
+            for name, coded in found.coded.items():
+                waiting[name] = layouts[name].pack(coded)
+                shape = (views[name].shape[0], views[name].shape[1])
+                views[name].copy_(torch.from_numpy(layouts[name].unpack(waiting[name], shape)))
+            tuning.apply(found.plain)
+        for name, arrays in waiting.items():
+            self.put(name, arrays)
+            if self._work:
+                self._work.advance(name)
 
     @property
     def wants_hessians(self) -> bool:
@@ -152,7 +201,7 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            known = replace(known_of(inputs, expert, self.methods), amax=amax, device=self.device)
+            known = replace(known_of(inputs, expert, self.methods), amax=amax, device=self.device, effort=self.effort)
             for name in names:
                 decoded = self._make(name, np.ascontiguousarray(views[name].cpu().numpy()), known)
                 views[name].copy_(torch.from_numpy(decoded))
@@ -166,7 +215,12 @@ class BlockwiseRun:
             arrays, decoded = quantize_matrix(weights, layout, method, known, self.pool)
         except FewbitsError as error:
             raise FewbitsError(f"{name}: {error.message}", error.hint) from None
-        self.put(name, arrays)
+        if self._waiting is None:
+            self.put(name, arrays)
+        else:
+            self._waiting[name] = arrays
+        if self._work:
+            self._work.advance(name)
         return decoded
 
     def head(self, name: str, weights: Floats) -> None:
@@ -175,7 +229,37 @@ class BlockwiseRun:
         inputs = Inputs.empty((name,), 1, self.stream.hidden, self.wants_hessians, ENERGY_CAP, self.rough)
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        self._make(name, weights, replace(known_of(inputs, 0, self.methods), device=self.device))
+        self._make(name, weights, replace(known_of(inputs, 0, self.methods), device=self.device, effort=self.effort))
+
+
+@dataclass
+class _Work:
+    """What there is to do, counted in weights; a weight that is tuned counts twice.
+
+    Attributes:
+        sizes: stored name -> what a step of this weight counts.
+    """
+
+    sizes: Mapping[str, int]
+    total: int
+    progress: Progress
+    done: int = 0
+
+    @staticmethod
+    def of(run: BlockwiseRun, first: int, progress: Progress) -> _Work:
+        """Of a run of which the blocks up to `first` are done."""
+        blocks = [run.streamed.weights_of(index, layer) for index, layer in enumerate(run.streamed.layers)]
+        sizes = [{name: view.numel() for name, view in views.items() if name in run.planned} for views in blocks]
+        times = 2 if EPOCHS[run.effort] and any(isinstance(each, TunableLayout) for each in run.layouts.values()) else 1
+        total, before = (times * sum(sum(each.values()) for each in part) for part in (sizes, sizes[:first]))
+        return _Work({name: size for each in sizes for name, size in each.items()}, total, progress, before)
+
+    def advance(self, name: str) -> None:
+        self.done += self.sizes.get(name, 0)
+        self.tell(name.removesuffix(".weight"))
+
+    def tell(self, what: str) -> None:
+        self.progress(self.done, self.total, what)
 
 
 def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:

@@ -28,7 +28,8 @@ from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import HEAD, Target, alike, follow, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
-from fewbits.quantize.matrices import Arrays, Floats, quantize_matrix
+from fewbits.quantize.matrices import Arrays, Floats, packed
+from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
             )
         request.text.check(int(model.config.get("vocab_size") or 2**31), model.path)
     lossy = sorted({t.source_dtype for t in quantized_tensors(plan)} - {"F32", "F16", "BF16", "F64"})
-    if lossy:
+    notes = [*notes, *three_levels_notes(model, plan)]
+    if lossy and chosen.method != "absmean":
         notes = [*notes, f"the source is already quantized ({', '.join(lossy)}): its loss adds to this one's"]
     return laid_out(plan.model_copy(update={"notes": notes}), request)
 
@@ -155,6 +157,7 @@ def execute_directory(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[DirectoryWriter], Mapping[str, bytes]] | None = None,
 ) -> QuantizeReport:
     """Make the model directory of a plan.
 
@@ -162,6 +165,7 @@ def execute_directory(
         files: what stands beside the weights, by name: config.json, the tokenizer's files, the model card.
         threads: None takes every core. Without calibration the bytes do not depend on it.
         progress: called with what is done, what there is to do and the part at hand.
+        finish: gives further files once all weights are written.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite; nothing is left under the final
@@ -169,7 +173,7 @@ def execute_directory(
     """
     started = time.monotonic()
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
-    key = _identity(plan, model, request.text, device) if request.text is not None else None
+    key = run_identity(plan, model, request.text, device) if request.text is not None else None
     notes = list(plan.notes)
     with (
         ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
@@ -182,9 +186,13 @@ def execute_directory(
                 run.one_by_one()
             else:
                 notes += run.blockwise(request.text, threads, device)
+            added = finish(writer) if finish else {}
+            for name, data in added.items():
+                writer.add_file(name, data)
         finally:
             pool.shutdown(cancel_futures=True)
-    sizes = [PlannedFile(name=shard.name, size=(output / shard.name).stat().st_size) for shard in shards]
+    names = [*(shard.name for shard in shards), *added]
+    sizes = [PlannedFile(name=name, size=(output / name).stat().st_size) for name in names]
     return QuantizeReport(
         model=str(model.path),
         target=plan.target,
@@ -199,7 +207,7 @@ def execute_directory(
     )
 
 
-def _identity(plan: Plan, model: Model, text: CalibrationText, device: str) -> str:
+def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str) -> str:
     """Of everything that the result follows from."""
     import torch
 
@@ -277,7 +285,7 @@ class _Run:
         weights = self._weights(tensor)
         try:
             known = Known(amax=self._amax(tensor, weights))
-            arrays = quantize_matrix(weights, self.layout(tensor), tensor.method, known)[0]
+            arrays = packed(weights, self.layout(tensor), tensor.method, known)
         except FewbitsError as error:
             raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
         self.put(tensor.name, arrays)
@@ -358,8 +366,7 @@ class _Run:
         # the coarser of the two, where a model holds both
         dtype = torch.bfloat16 if "BF16" in plain else torch.float16
         kinds = {name: layout.type for name, layout in layouts.items()}
-        kind = self.request.target.layout.type
-        return Rescaling(streamed, kind, layouts, way, dtype, rough, ENERGY_CAP, kinds)  # type: ignore[arg-type]
+        return Rescaling(streamed, kinds, way, dtype, rough, ENERGY_CAP)  # type: ignore[arg-type]
 
 
 def encoded(tensor: PlannedTensor, values: Floats) -> npt.NDArray[np.uint8]:

@@ -65,6 +65,8 @@ def mixture_of(plan: Plan, model: Model, target: Target) -> Mixture:
     for tensor in block_linears(plan):
         sizes[tensor.codec] += tensor.n_weights
     ordered = tuple(name for name, _ in sizes.most_common())
+    if not ordered:  # only another type of floats
+        return Mixture(target.layout, (target.layout.type.name,))
     others = tuple(
         (target.layout_of(types[names[0]]), tuple(name.removesuffix(".weight") for name in names))
         for names in (_sets(model, target, types) if len(ordered) > 1 else [])

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ from fewbits.formats.directory.card import CalibrationUsed, CardFacts, Measured,
 from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE
+from fewbits.formats.onnx.skeleton import check_installed, make_skeleton
 from fewbits.forward.text import read_text
 from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
+from fewbits.layouts.onnx import ONNX
 from fewbits.methods import method as method_named
 from fewbits.plan import Plan
 from fewbits.plan.directory import HEAD, Target, plain_dtype, target
@@ -37,15 +40,17 @@ from fewbits.quantize.directory import (
 from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
+from fewbits.quantize.onnx_job import graph_files, without_nulls
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MEASURED, MEASUREMENT = ("exl2",), "measurement.json"
 """Targets that try their types in the model first, and the file that keeps what was found."""
 
-LIBRARIES = {"hqq": "hqq", "exl2": "exllamav2", "exl3": "exllamav3"}
+LIBRARIES = {"hqq": "hqq", "exl2": "exllamav2", "exl3": "exllamav3", "quip": "fewbits", "onnx": "onnxruntime-genai"}
 """What loads such a directory, where it is not transformers."""
 
 
@@ -97,6 +102,8 @@ class DirectoryJob:
             FewbitsError: whatever would keep the directory from being made.
         """
         chosen = _target(name, method, bool(texts), budget, edited, head_bits)
+        if isinstance(chosen.layout, ONNX):
+            check_installed(name)
         if measurement is not None and chosen.layout.name not in MEASURED:
             raise FewbitsError(f"{name}: nothing is measured for it.", "Leave out --measurement.")
         if keep and chosen.layout.name in MEASURED and chosen.open:
@@ -165,8 +172,16 @@ class DirectoryJob:
         """Make the directory; see `execute_directory`."""
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
+        finish = None
+        if isinstance(self.request.target.layout, ONNX):
+            # before the weights: the builder may not know the model
+            skeleton = make_skeleton(files, self.request.target.name)
+            files["genai_config.json"] = skeleton.genai_config
+            if TOKENIZER_CONFIG in files:
+                files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
+            finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress
+            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 
@@ -256,7 +271,7 @@ class DirectoryJob:
         head = next((layouts[tensor.name] for tensor in todo if tensor.reason == HEAD), None)
         windows, length = self.text.inputs.shape if self.text is not None else (0, 0)
         return Made(
-            target.rate or mean / sum(tensor.n_weights for tensor in inside),
+            target.rate or mean / max(1, sum(tensor.n_weights for tensor in inside)),
             round(head.type.bits) if head else None,
             windows,
             length,

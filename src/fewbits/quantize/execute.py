@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from fewbits.codecs import codec
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output, check_room
-from fewbits.formats.gguf.source import GGUFSource
+from fewbits.formats.gguf.source import GGUFSource, ReadBytes
 from fewbits.formats.gguf.writer import Shard, write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
@@ -52,18 +52,19 @@ class QuantizeReport(BaseModel):
     peak_memory: int
 
 
-def check(
-    plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False, learned: Learned | None = None
-) -> list[Shard]:
+def check(plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False, feedback: bool = False) -> list[Shard]:
     """The files of a plan, once nothing is known that would keep them from being made.
+
+    Args:
+        feedback: whether Hessians are there, or text for them.
 
     Raises:
         FewbitsError: the output exists, the disk is full, or the plan needs Hessians that are not there.
     """
-    if learned is None or learned.factors is None:
+    if not feedback:
         asked = next((tensor.name for tensor in plan.tensors if tensor.method == "gptq"), None)
         if asked:
-            raise FewbitsError(f"The plan asks for error feedback for {asked!r}.", "Pass --calibration and --hessians.")
+            raise FewbitsError(f"The plan asks for error feedback for {asked!r}.", "Pass --calibration with texts.")
     shards = shards_of(plan, source.metadata, output)
     for shard in shards:
         check_output(shard.path, overwrite)
@@ -91,7 +92,7 @@ def execute(
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite.
     """
     started = time.monotonic()
-    shards = check(plan, source, output, overwrite, learned)
+    shards = check(plan, source, output, overwrite, bool(learned and (learned.factors or learned.made)))
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
         try:
             write_shards(shards, _pieces(plan, source, pool, progress, learned or Learned()), overwrite)
@@ -158,8 +159,9 @@ def _pieces(
 def _jobs(tensor: PlannedTensor, source: GGUFSource, learned: Learned) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
     columns = tensor.shape[-1] if tensor.shape else 1
     lines = prod(tensor.shape[:-1])
-    if tensor.method == "copy" and tensor.name in source.stored:
-        yield from _copies(tensor, source)
+    stored = learned.made.get(tensor.name) or (source.stored.get(tensor.name) if tensor.method == "copy" else None)
+    if stored:
+        yield from _copies(tensor, stored)
         return
     step = max(1, SLAB_WEIGHTS // max(1, columns))
     experts = experts_of(tensor)
@@ -169,9 +171,9 @@ def _jobs(tensor: PlannedTensor, source: GGUFSource, learned: Learned) -> Iterat
             yield partial(_encode, tensor, source, start, min(start + step, (expert + 1) * each), learned, expert)
 
 
-def _copies(tensor: PlannedTensor, source: GGUFSource) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
+def _copies(tensor: PlannedTensor, stored: ReadBytes) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
     for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
-        yield partial(source.stored[tensor.name], start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes))
+        yield partial(stored, start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes))
 
 
 def _encode(
@@ -188,5 +190,6 @@ def _encode(
     # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
     chosen = method("convert" if tensor.method == "copy" else tensor.method)
     importance = learned.importance(tensor.name, expert)
-    factor = learned.factor(tensor.name, expert) if tensor.method == "gptq" else None
-    return chosen.quantize(weights, codec(tensor.codec), importance, factor)
+    kind = codec(tensor.codec)
+    factor = learned.factor(tensor.name, expert, kind) if tensor.method == "gptq" else None
+    return chosen.quantize(weights, kind, importance, factor)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewbits.calibration.statistics import Statistics
-from fewbits.checkpoint import open_checkpoint
+from fewbits.checkpoint import open_checkpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
-from fewbits.formats.gguf.source import GGUFSource, gguf_source
+from fewbits.formats.gguf.source import GGUFSource, ReadBytes, gguf_source
+from fewbits.methods.base import Effort
 from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
+from fewbits.quantize.directory import run_identity
 from fewbits.quantize.execute import QuantizeReport, check, execute
 from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import (
+    CHUNKS,
+    CONTEXT,
     Importances,
     Progress,
     calibrate_texts,
@@ -37,6 +42,8 @@ class GGUFJob:
         calibration: statistics files or texts.
         chunks: most windows of texts.
         budget: how much the file may take, where types are chosen freely.
+        effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
+            block with error feedback.
     """
 
     model: str | Path
@@ -48,6 +55,7 @@ class GGUFJob:
     budget: Budget | None
     threads: int | None
     progress: Progress | None
+    effort: Effort = "default"
 
     @staticmethod
     def of(
@@ -60,6 +68,7 @@ class GGUFJob:
         budget: Budget | None,
         threads: int | None,
         progress: Progress | None,
+        effort: Effort = "default",
     ) -> GGUFJob:
         """Read the headers.
 
@@ -86,7 +95,7 @@ class GGUFJob:
         request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
         return GGUFJob(
-            model, source, request, list(calibration), chunks, factors, budget, threads, progress
+            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort
         )  # fmt: skip
 
     @property
@@ -115,12 +124,30 @@ class GGUFJob:
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
             if self.budget is None:  # how large a mixture gets is not known yet
-                check(plan, source, self.output, overwrite, Learned({}, self.factors))
+                check(plan, source, self.output, overwrite, feedback=True)
             if found is not None:
                 statistics = self._run(file, overwrite)
         source, plan, found = self._made(statistics, file)
-        learned = Learned(found or {}, self.factors)
-        return execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
+        scratch = self.output.with_name(f"{self.output.name}.blocks")
+        made = self._blockwise(plan, scratch) if self.feeds_back and found is not None else {}
+        learned = Learned(found or {}, self.factors, made)
+        report = execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return report
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether text runs through the model while it is quantized."""
+        return self.effort != "fast" and not self.factors and bool(split_sources(self.calibration)[1])
+
+    def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
+        from fewbits.calibration.texts import read_texts  # imports torch, which most runs do without
+        from fewbits.quantize.gguf_blockwise import quantize_blockwise
+
+        model = open_model(self.model)
+        text = read_texts(self.calibration, model.tokenizer(), CONTEXT, self.chunks or CHUNKS)
+        identity = run_identity(plan, model, text, "cpu")
+        return quantize_blockwise(plan, model, text, scratch, identity, self.threads, "cpu", True, self.progress)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
@@ -147,6 +174,10 @@ class GGUFJob:
             return self.source, plan.model_copy(update={"notes": [*plan.notes, note]}), None
         if self.factors:
             plan = with_feedback(plan, self.factors, statistics.texts_sha256)
+        elif self.feeds_back:
+            from fewbits.quantize.gguf_blockwise import planned_blockwise
+
+            plan = planned_blockwise(plan, open_model(self.model))
         if not statistics.tensors:
             return told, plan, {}
         found, notes = importances_of(plan, statistics, file)

@@ -9,9 +9,9 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from fewbits.codecs import codec
-from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError, about
 from fewbits.methods import Factor, factorize
+from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedTensor
 from fewbits.plan.tensors import layer_of
 
@@ -29,7 +29,7 @@ class Factors:
         self.folder = folder
         self.lock = Lock()
         self.blocks: dict[int, BlockHessians] = {}
-        self.made: OrderedDict[tuple[str, int], Factor | None] = OrderedDict()
+        self.made: OrderedDict[tuple[str, int, int], Factor | None] = OrderedDict()
 
     def block(self, tensor: str) -> BlockHessians:
         """The Hessians of the decoder block that a tensor is in.
@@ -72,20 +72,25 @@ class Factors:
             )
         return int((known.counts[stored] < columns).sum())
 
-    def of(self, name: str, expert: int) -> Factor | None:
-        """The factor of a weight; None where the Hessian says too little: fewer tokens than columns."""
+    def of(self, name: str, expert: int, span: int = 1) -> Factor | None:
+        """The factor of a weight; None where the Hessian says too little: fewer tokens than columns.
+
+        Args:
+            span: how many neighbouring columns stay together: `feedback_span` of the type.
+        """
         with self.lock:
             block = self.block(name)
             stored = block.same[name]
-            if (stored, expert) not in self.made:
-                self.made[stored, expert] = None
+            key = stored, expert, span
+            if key not in self.made:
+                self.made[key] = None
                 if block.counts[stored][expert] >= block.shapes[stored][-1]:
                     with about(block.path):
-                        self.made[stored, expert] = factorize(block.read(name, expert))
-            self.made.move_to_end((stored, expert))
+                        self.made[key] = factorize(block.read(name, expert), span=span)
+            self.made.move_to_end(key)
             while len(self.made) > KEPT:
                 self.made.popitem(last=False)
-            return self.made[stored, expert]
+            return self.made[key]
 
 
 def experts_of(tensor: PlannedTensor) -> int:
@@ -101,7 +106,7 @@ def with_feedback(plan: Plan, factors: Factors, texts: Sequence[str]) -> Plan:
     """
     tensors, fed, silent = [], 0, 0
     for tensor in plan.tensors:
-        if tensor.method in ("search", "gptq") and layer_of(tensor.name) >= 0 and fixed_scales(codec(tensor.codec)):
+        if tensor.method in ("search", "gptq") and layer_of(tensor.name) >= 0 and feedback_span(codec(tensor.codec)):
             silent += factors.check(tensor, texts)
             fed += 1
             tensors.append(tensor.model_copy(update={"method": "gptq"}))

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from fewbits.codecs import Codec
+from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import Factor
+from fewbits.methods.gptq import feedback_span
 from fewbits.quantize.hessians import Factors
 from fewbits.quantize.importances import Importances
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Importances by tensor name, and the Hessians' factors, if there are any."""
+    """What there is of it.
+
+    Attributes:
+        importances: by tensor name.
+        factors: of the Hessians.
+        made: by tensor name, what reads the bytes of tensors that were quantized while text ran through the model.
+    """
 
     importances: Importances = field(default_factory=dict)
     factors: Factors | None = None
+    made: Mapping[str, ReadBytes] = field(default_factory=dict)
 
     def importance(self, name: str, expert: int) -> npt.NDArray[np.float32] | None:
         """float32 [columns], or None for ones."""
         return self.importances[name][expert] if name in self.importances else None
 
-    def factor(self, name: str, expert: int) -> Factor | None:
-        """The factor of the Hessian, None where too little is known."""
-        return self.factors.of(name, expert) if self.factors else None
+    def factor(self, name: str, expert: int, kind: type[Codec]) -> Factor | None:
+        """The factor of the Hessian as a type needs it, None where too little is known or the type is only searched."""
+        span = feedback_span(kind)
+        return self.factors.of(name, expert, span) if self.factors and span else None

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from fewbits.calibration.statistics import Sensitivities, Sensitivity
 from fewbits.codecs import codec
-from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import GGUFSource
 from fewbits.methods import method
@@ -124,8 +123,7 @@ class Appraisal:
 
     def _decoded(self, name: str, expert: int, weights: Floats, importance: Floats | None, to: str) -> Floats:
         kind = codec(to)
-        fed = self.learned.factors is not None and layer_of(name) >= 0 and fixed_scales(kind) is not None
-        factor = self.learned.factor(name, expert) if fed else None
+        factor = self.learned.factor(name, expert, kind) if layer_of(name) >= 0 else None
         chosen = method("gptq" if factor is not None else "search")
         return kind.decode(chosen.quantize(weights, kind, importance, factor))
 

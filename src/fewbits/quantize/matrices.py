@@ -16,9 +16,8 @@ from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.layouts.gptq import GPTQ as GPTQLayout
 from fewbits.methods import Factor, Known, method
+from fewbits.methods.base import ROWS
 
-ROWS = 256
-"""Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
 

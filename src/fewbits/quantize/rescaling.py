@@ -13,10 +13,10 @@ from torch import nn
 
 from fewbits import arch
 from fewbits.calibration.collect import BlockRecorder, Inputs
-from fewbits.codecs.scaled import Scaled
+from fewbits.codecs.storage import StorageType
 from fewbits.forward.streamed import StreamedModel
 from fewbits.methods.awq import Reader, choose_scales
-from fewbits.methods.channel_scales import Scales, round_trip_of
+from fewbits.methods.channel_scales import Scales, group_of, round_trip_of
 from fewbits.methods.smoothquant import TOKENS, SmoothReader, smooth
 from fewbits.quantize.folding import Place, places
 
@@ -60,24 +60,20 @@ class Rescaling:
     """A block's step; called with the block, its index and what runs the calibration windows through it.
 
     Attributes:
-        kind: storage type of the weights.
-        planned: stored names of the weights that will be quantized.
+        kinds: stored name -> storage type of the weights that will be quantized.
         way: whose scales.
         dtype: in which norms will be stored: scales are such that this rounds nothing. None: float32.
         rough: as `BlockRecorder` has it.
         energy_cap: as `BlockRecorder` has it.
-        kinds: stored name -> storage type, of weights that have another.
         found: block and source of each place -> the readers' error as a share of the error without scales.
     """
 
     streamed: StreamedModel
-    kind: Scaled
-    planned: Collection[str]
+    kinds: Mapping[str, StorageType]
     way: Literal["awq", "smoothquant"]
     dtype: torch.dtype | None = None
     rough: bool = False
     energy_cap: float | None = None
-    kinds: Mapping[str, Scaled] = field(default_factory=dict)
     found: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -104,7 +100,7 @@ class Rescaling:
     ) -> dict[str, tuple[Inputs, int]]:
         """What is known of each planned weight's input: the record and the expert in it."""
         path = self.streamed.block_path(index)
-        listened = {name: [name] for name in names if name in self.planned}
+        listened = {name: [name] for name in names if name in self.kinds}
         awq = self.way == "awq"
         recorder = (BlockRecorder if awq else _SampleRecorder)(awq, self.energy_cap, self.rough)
         recorder.attach(block, path, self.streamed, listened)
@@ -130,7 +126,7 @@ class Rescaling:
         if not readers:
             return None
         kind = self._coarsest(place)
-        return choose_scales(readers, place.channel, kind.block[1], round_trip_of(kind))
+        return choose_scales(readers, place.channel, group_of(kind), round_trip_of(kind))
 
     def _smooth(self, place: Place, inputs: dict[str, tuple[Inputs, int]]) -> Scales | None:
         readers = []
@@ -140,10 +136,10 @@ class Rescaling:
                 readers.append(SmoothReader(weight, record.tops[expert], torch.cat(record.samples[expert])))
         return smooth(readers, place.channel, round_trip_of(self._coarsest(place))) if readers else None
 
-    def _coarsest(self, place: Place) -> Scaled:
+    def _coarsest(self, place: Place) -> StorageType:
         """The type that a place's scales matter most to: what reads one source may have several."""
-        planned = (name for name in place.targets if name in self.planned)
-        return min((self.kinds.get(name, self.kind) for name in planned), key=lambda kind: kind.bits)
+        planned = (name for name in place.targets if name in self.kinds)
+        return min((self.kinds[name] for name in planned), key=lambda kind: kind.bits)
 
 
 def block_prefix(family: arch.Family, index: int, names: Collection[str]) -> str:

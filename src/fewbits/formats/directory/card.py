@@ -16,7 +16,7 @@ MAX_CARD_BYTES = 4 << 20
 MAX_TAGS = 40
 FORMAT_TAGS = {
     "gguf", "gptq", "awq", "exl2", "exl3", "mlx", "bitsandbytes", "compressed-tensors", "hqq", "onnx", "fp8", "fp4",
-    "nvfp4", "mxfp4", "int8", "w8a8", "4-bit", "8-bit", "quantized", "quark", "auto-round",
+    "bitnet", "aqlm", "nvfp4", "mxfp4", "int8", "w8a8", "4-bit", "8-bit", "quantized", "quark", "auto-round",
 }  # fmt: skip
 """Tags of a source that speak of its storage and not of the model."""
 LOCAL_FOLDERS = {
@@ -154,12 +154,12 @@ def origin_of(model: Model) -> Origin:
 
 
 def _front_matter(model: Model) -> Mapping[str, Any]:
-    from huggingface_hub import metadata_load
-
     card = model.path / "README.md"
     try:
         if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
             return {}
+        from huggingface_hub import metadata_load  # takes long to import
+
         return metadata_load(card) or {}
     except Exception:  # strangers' YAML can fail in any way, RecursionError among them
         return {}

@@ -60,10 +60,25 @@ model.load()
 generator = Generator(model=model, cache=cache, tokenizer=Tokenizer.from_config(config))
 print(generator.generate(prompt="The capital of France is", max_new_tokens=20))
 """
+_ONNX = """\
+# pip install onnxruntime-genai; plain onnxruntime runs model.onnx as well
+import onnxruntime_genai as og
+
+model = og.Model("DIRECTORY")
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=64)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The capital of France is"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"""
 _OWN = {
     "hqq": Snippet("hqq", _HQQ),
     "exl2": Snippet("exllamav2", _EXLLAMAV2),
     "exl3": Snippet("exllamav3", _EXLLAMAV3),
+    "onnx": Snippet("onnxruntime-genai", _ONNX),
 }
 """By `quant_method`, of those that a library of their own runs."""
 _VLLM = Snippet("vLLM", "vllm serve DIRECTORY", "sh")
@@ -73,6 +88,8 @@ _PACKAGES = {
     "bitsandbytes": ("transformers accelerate bitsandbytes", "auto"),
     "compressed-tensors": ("transformers accelerate compressed-tensors", "bfloat16"),
     "fp8": ("transformers accelerate", "auto"),
+    "bitnet": ("transformers accelerate", "auto"),
+    "aqlm": ("transformers accelerate aqlm", "float16"),
 }
 """By `quant_method`: what transformers needs installed, and the type of the other tensors."""
 _SERVED = {"gptq", "gptq-mixed", "awq", "compressed-tensors", "fp8"}

@@ -27,7 +27,7 @@ __all__ = ["MAX_SHARD_SIZE", "DirectoryWriter", "Entry", "ShardFile", "check_dir
 
 STATE, LOCK, SCRATCH = "state.json", ".lock", ".scratch"
 OUR_FILES = re.compile(
-    r"[\w-][\w.-]*\.(json|safetensors|jinja|model)|README\.md|(?i:licen[sc]e|notice|copying)[\w.-]*"
+    r"[\w-][\w.-]*\.(json|safetensors|jinja|model|onnx|onnx\.data)|README\.md|(?i:licen[sc]e|notice|copying)[\w.-]*"
     r"|merges\.txt|vocab\.txt|additional_chat_templates/[\w-][\w.-]*\.jinja"
 )
 """What a model directory holds that we wrote."""
@@ -141,6 +141,17 @@ class DirectoryWriter:
         """Whether a tensor is written, now or by the run that is resumed."""
         self._place(name)
         return name in self._written
+
+    def places(self) -> Iterator[tuple[str, tuple[str, Entry, int]]]:
+        """Every tensor by name: its file, what it is, and where its bytes start in the file."""
+        yield from self._places.items()
+
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor that is written."""
+        if not self.has(name):
+            raise FewbitsError(f"{self.path}: tensor {name!r} is read before it is written.")
+        file, entry, offset = self._place(name)
+        return np.fromfile(self.partial / file, np.uint8, entry.nbytes, offset=offset)
 
     def put(self, name: str, data: Data) -> None:
         """Write a tensor, once.

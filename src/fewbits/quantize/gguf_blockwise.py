@@ -1,0 +1,198 @@
+"""GGUF tensors with error feedback, one decoder block after another, as model directories are made: each block is
+calibrated on what the quantized ones before it give.
+
+The weights are quantized as the model's own directory names them; what they become is kept in a folder beside the
+output, in the order of rows that GGUF wants, until the file is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewbits import arch
+from fewbits.arch.tensors import GGUFTensor
+from fewbits.calibration.texts import CalibrationText
+from fewbits.checkpoint import Model
+from fewbits.codecs import codec
+from fewbits.codecs.blocks import Blocks, BlocksCoded
+from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.errors import FewbitsError
+from fewbits.formats.gguf.source import ReadBytes
+from fewbits.methods import method
+from fewbits.plan import Plan
+from fewbits.plan.tensors import layer_of
+from fewbits.quantize.importances import Progress
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+DATA = ".weight"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a run keeps a matrix: its rows' bytes, as they are."""
+
+    type: Blocks
+
+    def pack(
+        self, matrix: BlocksCoded, g_idx: npt.NDArray[np.integer] | None = None, input_peak: float | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        return {DATA: matrix.data}
+
+    def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+        return BlocksCoded(self.type, arrays[DATA]).decode()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stored tensor stands in the file: as which part of which GGUF tensor."""
+
+    tensor: GGUFTensor
+    part: int
+
+    def file(self, folder: Path) -> Path:
+        return folder / f"{self.tensor.name}.{self.part}"
+
+
+def planned_blockwise(plan: Plan, model: Model) -> Plan:
+    """The plan with error feedback wherever a tensor is in a decoder block and its type allows."""
+    linears = {place.tensor.name for place in _linears(model).values()}
+    able = {t.name for t in plan.tensors if t.method == "search" and fixed_scales(codec(t.codec))}
+    tensors = [t.model_copy(update={"method": "gptq"}) if t.name in able & linears else t for t in plan.tensors]
+    notes = [*plan.notes, f"{len(able & linears)} tensors are rounded with error feedback, block by block"]
+    return plan.model_copy(update={"tensors": tensors, "notes": notes})
+
+
+def _places(model: Model) -> dict[str, Place]:
+    """By stored name, all tensors in decoder blocks."""
+    shapes = {name: model.shape(name) for name in model.names}
+    return {
+        source: Place(tensor, part)
+        for tensor in arch.gguf_tensors(model.config, shapes)
+        if layer_of(tensor.name) >= 0
+        for part, source in enumerate(tensor.sources)
+    }
+
+
+def _linears(model: Model) -> dict[str, Place]:
+    """Those of them that are the weights of linear modules of their own."""
+    every = arch.decoder_linears(model.config, {name: model.shape(name) for name in model.names})
+    found = _places(model)
+    return {linear.weight: found[linear.weight] for linear in every if linear.plain}
+
+
+def quantize_blockwise(
+    plan: Plan,
+    model: Model,
+    text: CalibrationText,
+    folder: Path,
+    identity: str,
+    threads: int | None = None,
+    device: str = "cpu",
+    rescaled: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, ReadBytes]:
+    """Quantize the linears of the decoder blocks.
+
+    Args:
+        text: what calibrates the model.
+        folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
+        identity: of plan, model, text and whatever else the result follows from.
+        rescaled: whether channels are scaled by AWQ's search first.
+
+    Returns:
+        By GGUF name, what reads a tensor's bytes.
+
+    Raises:
+        FewbitsError: a weight cannot be quantized, the text does not fit the model, or the disk is full.
+    """
+    import torch  # takes a second, which calibration by statistics does without
+
+    from fewbits.calibration.resume import WorkFolder
+    from fewbits.forward.streamed import StreamedModel, torch_threads
+    from fewbits.quantize.blockwise import ENERGY_CAP, BlockwiseRun, rough_products
+    from fewbits.quantize.rescaling import Rescaling
+
+    every, linears = _places(model), _linears(model)
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    packings: dict[str, Any] = {
+        source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
+    }
+    methods = {
+        source: planned[place.tensor.name].method.replace("copy", "convert") for source, place in linears.items()
+    }
+    # scales move into all linears that read a channel, so all must be made here
+    whole = all(linear.plain for linear in arch.decoder_linears(model.config, {n: model.shape(n) for n in model.names}))
+    written = every if rescaled and whole else linears
+    work = WorkFolder(folder, identity)
+    work.check(overwrite=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = threads or os.cpu_count() or 1
+    with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
+        streamed = StreamedModel(model)
+        text.check(streamed.n_vocab, model.path)
+        stream = streamed.enter(text.inputs)
+        first, _ = work.load(stream.hidden)
+        inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
+        if not all(written[n].file(folder).exists() for names in inside[:first] for n in names if n in written):
+            stream, first = streamed.enter(text.inputs), 0
+
+        def put(name: str, arrays: Arrays) -> None:
+            order = linears[name].tensor.row_order()
+            _write(linears[name].file(folder), arrays[DATA] if order is None else arrays[DATA][order])
+
+        def put_plain(name: str, values: npt.NDArray[np.float32]) -> None:
+            tensor = every[name].tensor
+
+            def read(_: str, rows: Any = None) -> npt.NDArray[np.float32]:
+                return values if rows is None else values[rows]
+
+            lines = tensor.read(read, 0, prod(tensor.shape[:-1]))
+            stored = method("convert").quantize(np.ascontiguousarray(lines), codec(planned[tensor.name].codec))
+            _write(every[name].file(folder), stored)
+
+        def done(blocks: int) -> None:
+            if blocks < len(inside):
+                work.save_if_due(blocks, stream.hidden, {})
+
+        rough = rough_products(device)
+        rescaling = None
+        if written is every:
+            kinds = {source: packing.type for source, packing in packings.items()}
+            rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
+        run = BlockwiseRun(
+            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, device, rough)
+        )  # fmt: skip
+        run.run(first, done, progress)
+    return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
+
+
+def _write(path: Path, data: npt.NDArray[np.uint8]) -> None:
+    """Whole or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with open(fresh, "wb") as file:
+            file.write(data.tobytes())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise FewbitsError(f"{fresh}: cannot be written ({error.strerror}).", "Make room on the disk.") from None
+
+
+def _read(folder: Path, tensor: GGUFTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    """Bytes of a tensor, whose parts are files of one size."""
+    files = [Place(tensor, part).file(folder) for part in range(len(tensor.sources))]
+    size = files[0].stat().st_size
+    parts = []
+    for part in range(start // size, -(-stop // size)):
+        first, last = max(start - part * size, 0), min(stop - part * size, size)
+        parts.append(np.fromfile(files[part], np.uint8, last - first, offset=first))
+    return np.concatenate(parts)

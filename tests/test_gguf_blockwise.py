@@ -1,0 +1,117 @@
+"""GGUF files whose linears are quantized block by block while text runs through the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fewbits
+from fewbits.arch import gguf_tensors
+from fewbits.checkpoint import GGUFCheckpoint, open_model
+from fewbits.quantize import gguf_blockwise
+from fewbits.quantize.blockwise import BlockwiseRun
+from tiny_models import save_tiny
+
+LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    words = np.random.default_rng(3).choice(["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"], 9000)
+    file.write_text(" ".join(words))
+    return file
+
+
+def logits_of(directory: Path, like: Path, text: Path) -> torch.Tensor:
+    """Of a GGUF file as our reader decodes it, or of a directory: [tokens, vocabulary]."""
+    model = open_model(directory)
+    found = transformers.AutoModelForCausalLM.from_pretrained(like, dtype=torch.float32)
+    found.load_state_dict({name: torch.from_numpy(model.read(name)) for name in model.names}, strict=False)
+    with torch.no_grad():
+        return found(torch.tensor([model.tokenizer()(text.read_text()[-900:]).input_ids])).logits[0]
+
+
+def made(directory: Path, target: str, text: Path, effort: str = "default") -> Path:
+    out = text.parent / f"{effort}-{target}.gguf"
+    options = {"calibration": text, "calibration_chunks": 16, "effort": effort}
+    fewbits.quantize(directory, target, out, **options, overwrite=True, threads=1)
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
+def test_rows_norms_and_biases_stand_where_the_engine_wants_them(name: str, tmp_path: Path, text: Path) -> None:
+    """What is misplaced, or scaled on one side only, makes noise of the logits."""
+    directory = save_tiny(tmp_path / "model", name)
+    truth = logits_of(directory, directory, text)
+    lost = {}
+    for effort in ("fast", "default"):
+        found = logits_of(made(directory, "Q5_0", text, effort), directory, text)
+        lost[effort] = float((found - truth).norm() / truth.norm())
+    assert lost["default"] < 1.05 * lost["fast"] < 0.6
+    plan = fewbits.plan(directory, "Q5_0", calibration=text, calibration_chunks=16)
+    assert any(tensor.method == "gptq" for tensor in plan.tensors)
+
+
+def test_size_is_that_of_the_plan(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    plan = fewbits.plan(directory, "Q4_0", calibration=text, calibration_chunks=16)
+    out = made(directory, "Q4_0", text)
+    assert out.stat().st_size == plan.files[0].size
+    assert not out.with_name(out.name + ".blocks").exists()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    whole = made(directory, "Q4_0", text).read_bytes()
+    kept, seen = BlockwiseRun._block, []
+
+    def stop(run: BlockwiseRun, index: int, block: torch.nn.Module) -> None:
+        seen.append(index)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        kept(run, index, block)
+
+    monkeypatch.setattr("fewbits.calibration.resume.SAVE_EVERY", 0.0)
+    monkeypatch.setattr(BlockwiseRun, "_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        made(directory, "Q4_0", text)
+    assert made(directory, "Q4_0", text).read_bytes() == whole
+    assert seen == [0, 1, *range(1, max(seen) + 1)], "the first block was done"
+
+
+def test_fast_looks_at_the_text_once(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    plan = fewbits.plan(directory, "Q4_0", calibration=text, calibration_chunks=16, effort="fast")
+    assert {tensor.method for tensor in plan.tensors} & {"gptq"} == set()
+
+
+def test_experts_in_one_tensor_are_left_to_the_search(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "mixtral")
+    out = made(directory, "Q4_0", text)
+    shapes = {tensor.name: tensor.shape for tensor in _views(directory)}
+    assert {name: info.shape for name, info in GGUFCheckpoint(out).tensors.items()} == shapes
+
+
+def _views(directory: Path) -> list[gguf_blockwise.GGUFTensor]:
+    model = open_model(directory)
+    return gguf_tensors(model.config, {name: model.shape(name) for name in model.names})
+
+
+def test_loses_less_than_the_search(tmp_path: Path) -> None:
+    demo = Path(fewbits.__file__).parent / "demo"
+    words = (demo / "held_out.txt").read_text()
+    seen, unseen = tmp_path / "seen.txt", tmp_path / "unseen.txt"
+    seen.write_text(words[: len(words) // 2])
+    unseen.write_text(words[len(words) // 2 :])
+    lost = {}
+    for effort in ("fast", "default"):
+        out = made(demo / "model", "Q3_K", seen, effort)
+        lost[effort] = fewbits.measure(out, text=unseen, reference=demo / "model", chunks=6).comparison.kl.mean.value
+    assert lost["default"] < 0.9 * lost["fast"]
