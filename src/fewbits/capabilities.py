@@ -11,6 +11,7 @@ from fewbits.codecs import CODECS
 from fewbits.layouts import LAYOUTS, Layout
 from fewbits.layouts.engines import engines_of
 from fewbits.methods import METHODS
+from fewbits.methods.gptq import feedback_span
 from fewbits.plan import PRESETS
 from fewbits.plan.directory import directory_targets, methods_for, nearest
 
@@ -135,7 +136,7 @@ def capabilities() -> Capabilities:
                 bits_per_weight=codec.bits_per_weight(),
                 block=codec.block,
                 weighted=codec.weighted,
-                feedback=codec.code_bytes is not None,
+                feedback=feedback_span(codec) > 0,
             )
             for codec in sorted(CODECS.values(), key=lambda c: (c.bits_per_weight(), c.name))
         ],

@@ -89,10 +89,10 @@ class GPTQ(Method):
     ) -> npt.NDArray[np.uint8]:
         if factor is not None and issubclass(codec, GroupCodebook):
             return gptq_groups.quantize(weights, codec, importance, factor)
-        data = codec.encode(weights, importance)
         scales = fixed_scales(codec)
         if factor is None or scales is None:
-            return data
+            return codec.encode(weights, importance)
+        data = codec.encode(weights, None if importance is None else factor.expected(importance))
         low, width = scales.ranges(data)
         return scales.with_codes(data, feed(weights, low, width, scales.levels, scales.uniform, factor))
 

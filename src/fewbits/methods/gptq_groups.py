@@ -49,28 +49,16 @@ def quantize(
     together = factor.order.reshape(-1, known.span)
     if factor.hessian is None or (together != together[:, :1] // known.span * known.span + np.arange(known.span)).any():
         raise FewbitsError(f"{codec.name} takes {known.span} columns at once.", "Factorize the Hessian for that.")
-    found = codec.search(weights, _expected(importance, factor))
+    if importance is None:
+        importance = np.empty(factor.order.size, np.float32)
+        importance[factor.order] = factor.hessian.diagonal()
+    found = codec.search(weights, factor.expected(importance))
     job = _Job(codec, known, factor, factor.hessian, np.ascontiguousarray(weights.T[factor.order]))
     found, values = job.choose(found)
     found, values = job.fit_steps(found, values)
     for _ in range(AGAIN):
         found, values = job.choose(found, values)
     return codec.packed(found, len(weights))
-
-
-def _expected(importance: Floats | None, factor: Factor) -> Floats:
-    """The weight of each column's squared error, for the search of scales.
-
-    That is the Hessian's diagonal where nothing makes up for an error, and the inverse of the inverse's, as far as
-    columns to come are free, where all do. What the codewords leave lies between: the geometric mean wins.
-    """
-    assert factor.hessian is not None
-    free = np.empty(factor.order.size, np.float32)
-    free[factor.order] = 1 / np.square(factor.upper.diagonal())
-    if importance is None:
-        importance = np.empty_like(free)
-        importance[factor.order] = factor.hessian.diagonal()
-    return np.sqrt(importance * free)
 
 
 @dataclass(frozen=True)

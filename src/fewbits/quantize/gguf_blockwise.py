@@ -25,10 +25,10 @@ from fewbits.calibration.texts import CalibrationText
 from fewbits.checkpoint import Model
 from fewbits.codecs import codec
 from fewbits.codecs.blocks import Blocks, BlocksCoded
-from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError
 from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import method
+from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan
 from fewbits.plan.tensors import layer_of
 from fewbits.quantize.importances import Progress
@@ -66,7 +66,7 @@ class Place:
 def planned_blockwise(plan: Plan, model: Model) -> Plan:
     """The plan with error feedback wherever a tensor is in a decoder block and its type allows."""
     linears = {place.tensor.name for place in _linears(model).values()}
-    able = {t.name for t in plan.tensors if t.method == "search" and fixed_scales(codec(t.codec))}
+    able = {t.name for t in plan.tensors if t.method == "search" and feedback_span(codec(t.codec))}
     tensors = [t.model_copy(update={"method": "gptq"}) if t.name in able & linears else t for t in plan.tensors]
     notes = [*plan.notes, f"{len(able & linears)} tensors are rounded with error feedback, block by block"]
     return plan.model_copy(update={"tensors": tensors, "notes": notes})
