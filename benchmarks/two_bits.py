@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.work.mkdir(parents=True, exist_ok=True)
     print("| target | bits per weight | KL divergence | perplexity | seconds | of processor time |")
     print("|---|---|---|---|---|---|")

@@ -146,8 +146,7 @@ def plan(
         calibration: what `calibrate` or llama-imatrix made, or texts; see `fewbits.quantize.promised`.
         calibration_chunks: most windows of texts.
         hessians: folder that `calibrate` made beside the statistics; codes are then chosen with error feedback.
-        effort: how much time to take where there is text; GGUF: `fast` looks at it once, `default` also quantizes block
-            by block with error feedback.
+        effort: how much time to take where there is text; see docs/effort.md.
         method: of a directory's weights, where not the ecosystem's own, e.g. `search`.
         keep: regular expressions of linears that a directory keeps unquantized.
         head_bits: of the head, for exl2, exl3 and onnx: 6 (onnx: 8) unless said otherwise, 16 to leave it as it is.
@@ -164,7 +163,7 @@ def plan(
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, "cpu", budget, saved)
-        return DirectoryJob.of(source, target, *options, head_bits, measured).spent(threads, progress).plan
+        return DirectoryJob.of(source, target, *options, head_bits, measured, effort).spent(threads, progress).plan
     _refuse_directory_options(target, method, keep, head_bits, measurement)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
@@ -221,7 +220,7 @@ def quantize(
         check_directory_output(Path(output), overwrite, Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
-        job = DirectoryJob.of(source, target, *options, head_bits, measured)
+        job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
         report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)

@@ -84,7 +84,7 @@ ENGINES: dict[str, EngineChoice] = {
 
 NAMES = {"lmstudio": "lm-studio", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "bitnet": "bitnet.cpp"}
 
-NOMINAL = {"onnx:int8": 8.5, "onnx:int4": 4.5, "bitnet:i2_s": 2.0, "aqlm:1x16": 2.3}
+NOMINAL = {"bitnet:i2_s": 2.0}
 """Bits per weight of targets that have no layout here."""
 
 LEAST_ARCH = {"ct:fp8": 8.9, "ct:w8a8": 7.5}
@@ -93,9 +93,7 @@ LEAST_ARCH = {"ct:fp8": 8.9, "ct:w8a8": 7.5}
 NEAREST = {
     "exl2": ("gptq:w4g128", "ExLlamaV2 loads 4-bit GPTQ, too"),
     "exl3": ("Q4_K_M", "GGUF runs in llama.cpp on the same GPU; `gguf --bpw` makes any size"),
-    "onnx": ("Q4_K_M", "llama.cpp runs GGUF on every processor and most GPUs"),
     "bitnet": ("Q4_K_M", "for a model that was not trained with three levels; for one that was, TQ2_0 in llama.cpp"),
-    "aqlm": ("IQ2_S", "2 bits in llama.cpp, with calibration"),
     "quip#": ("IQ2_S", "2 bits in llama.cpp, with calibration"),
 }
 """By family, of what fewbits may not make: what does the same job, and why."""
@@ -116,8 +114,13 @@ def engine_choice(name: str) -> EngineChoice:
 
 def can_make(target: str) -> bool:
     """Whether fewbits makes a target today."""
-    family, colon, _ = target.partition(":")
-    return family in LAYOUTS if colon else target in PRESETS
+    family, colon, spec = target.partition(":")
+    if not colon or family not in LAYOUTS:
+        return target in PRESETS
+    try:
+        return LAYOUTS[family].mixed(spec) or bool(LAYOUTS[family].from_spec(spec))
+    except FewbitsError:
+        return False
 
 
 def nearest(target: str) -> tuple[str, str] | None:

@@ -75,7 +75,7 @@ SERIES = (
             "exl3:4.0bpw": (7.729, None), "exl3:5.0bpw": (7.665, None), "exl3:6.0bpw": (7.642, None),
             "IQ2_S": (10.818, None), "IQ2_M": (9.929, None), "IQ3_S": (8.299, None), "IQ3_M": (8.223, None),
             "IQ4_XS": (7.840, None), "Q4_K_M": (7.810, None), "Q5_K_M": (7.699, None), "Q6_K": (7.671, None),
-            "aqlm:1x16": (10.261, None),
+            "aqlm:1x16g8": (10.261, None),
         },
     ),
     Series(
@@ -85,7 +85,7 @@ SERIES = (
             "exl3:2.0bpw": (6.608, None), "exl3:3.0bpw": (4.502, None), "exl3:4.0bpw": (3.853, None),
             "exl2:4.0bpw": (4.060, None), "exl2:5.0bpw": (3.743, None), "IQ2_XXS": (7.518, None),
             "IQ3_XXS": (5.417, None), "IQ4_XS": (3.921, None), "Q4_K_M": (3.806, None), "Q5_K_M": (3.683, None),
-            "awq:w4g128": (4.191, None), "aqlm:1x16": (6.546, None),
+            "awq:w4g128": (4.191, None), "aqlm:1x16g8": (6.546, None),
         },
     ),
     Series(
@@ -105,7 +105,7 @@ SERIES = (
         "published", "LLaMA 7B", False, f"{_WIKI} 2048", "GPTQ README", 5.68, {"gptq:w3g128": (6.61, None)},
     ),
     Series(
-        "published", "Llama 2 7B", False, f"{_WIKI} 4096", "AQLM README", 5.12, {"aqlm:1x16": (5.92, None)},
+        "published", "Llama 2 7B", False, f"{_WIKI} 4096", "AQLM README", 5.12, {"aqlm:1x16g8": (5.92, None)},
     ),
     Series(
         "measured", "smollm2-768 (135M), with calibration", False, _OURS, "docs/benchmarks.md", None,

@@ -237,7 +237,7 @@ LAST_RESORT = Scenario(
 OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
     "roomy-gpu": (("exl2:5.0bpw", "EXL2 at 5.0 bits in ExLlamaV2 decodes faster for one user"),),
     "last-resort": (
-        ("aqlm:1x16", "AQLM loses less at 2 bits, in transformers and vLLM, and takes a day to make for 7B"),
+        ("aqlm:1x16g8", "AQLM loses less at 2 bits, in transformers and vLLM, and takes a day to make for 7B"),
         ("quip#:2bit", "QuIP# loses less at 2 bits, in its own engine"),
     ),
 }

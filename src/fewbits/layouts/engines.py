@@ -78,6 +78,10 @@ ENGINE_FACTS = (
     EngineFact(VLLM, "CPU, CUDA", r"quip:.*", "refuses", "2026-11", "not among its methods"),
     EngineFact("onnxruntime-genai 0.18", "CPU", r"onnx:.*", "runs", "2026-11-21"),
     EngineFact("onnxruntime 1.31", "CPU", r"onnx:.*", "runs", "2026-11-21", "model.onnx alone"),
+    EngineFact(
+        *("transformers 5.23 + aqlm 1.1.7", "CPU", r"aqlm:.*", "runs", "2026-11-21"),
+        "float32 and NUMBA_NUM_THREADS=1: with more threads its kernel adds up in a race",
+    ),
     EngineFact("hqq 0.2.8", "CPU", r"hqq:.*", "runs", "2026-11-21", "layer by layer, see docs/checkpoints.md"),
 )
 

@@ -24,6 +24,7 @@ from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
 from fewbits.layouts import Layout
 from fewbits.methods import Known
+from fewbits.methods.base import Effort
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import HEAD, Target, alike, follow, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
@@ -33,6 +34,8 @@ from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from fewbits.forward.streamed import StreamedModel
     from fewbits.quantize.rescaling import Rescaling
 
@@ -50,6 +53,7 @@ class DirectoryRequest:
         max_shard_size: most bytes of one file.
         text: what to calibrate with, if the method wants it.
         edited: a saved plan whose types are to be taken.
+        effort: how much time methods may take that gain by it.
     """
 
     target: Target
@@ -57,6 +61,7 @@ class DirectoryRequest:
     max_shard_size: int = MAX_SHARD_SIZE
     text: CalibrationText | None = None
     edited: Plan | None = None
+    effort: Effort = "default"
 
 
 def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
@@ -173,7 +178,7 @@ def execute_directory(
     """
     started = time.monotonic()
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
-    key = run_identity(plan, model, request.text, device) if request.text is not None else None
+    key = run_identity(plan, model, request.text, device, request.effort) if request.text is not None else None
     notes = list(plan.notes)
     with (
         ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
@@ -207,7 +212,7 @@ def execute_directory(
     )
 
 
-def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str) -> str:
+def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str, effort: Effort) -> str:
     """Of everything that the result follows from."""
     import torch
 
@@ -215,9 +220,8 @@ def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str) -
     from fewbits.quantize.blockwise import rough_products
 
     digest = hashlib.sha256(plan.model_dump_json(exclude={"notes"}).encode())
-    digest.update(
-        f"{fingerprint(model)} {torch.__version__} {text.inputs.shape} {device} {rough_products(device)}".encode()
-    )
+    facts = (fingerprint(model), torch.__version__, text.inputs.shape, device, rough_products(device), effort)
+    digest.update(" ".join(map(str, facts)).encode())
     digest.update(text.inputs.tobytes())
     return digest.hexdigest()
 
@@ -312,6 +316,7 @@ class _Run:
         from fewbits.calibration.resume import WorkFolder
         from fewbits.forward.streamed import StreamedModel, torch_threads
         from fewbits.quantize.blockwise import BlockwiseRun, rough_products
+        from fewbits.quantize.tuning import EPOCHS, TunableLayout
 
         todo = quantized_tensors(self.plan)
         planned = {tensor.name: tensor.method for tensor in todo}
@@ -323,7 +328,9 @@ class _Run:
             rough = rough_products(device)
             rescaling = self._rescaling(streamed, layouts, rough)
             inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
-            moved = {name for names in inside for name in names} if rescaling else set()
+            tunes = EPOCHS[self.request.effort] and any(isinstance(each, TunableLayout) for each in layouts.values())
+            norms = self._norms_dtype() if tunes else None
+            moved = {name for names in inside for name in names} if rescaling or tunes else set()
             self.plain(lambda name: name not in moved)
             stream = streamed.enter(text.inputs)
             # the writer's key has told whether the folder is of this very run
@@ -344,7 +351,8 @@ class _Run:
                     work.save_if_due(blocks, stream.hidden, {})
 
             run = BlockwiseRun(
-                *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough)
+                *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
+                *(self.request.effort, norms),
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)
@@ -354,19 +362,21 @@ class _Run:
 
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:
         """What a method does to a block beforehand, if it does anything."""
-        import torch
-
         from fewbits.quantize.blockwise import ENERGY_CAP
         from fewbits.quantize.rescaling import Rescaling
 
         way = self.request.target.method.removesuffix("+gptq")
         if way not in ("awq", "smoothquant"):
             return None
-        plain = {tensor.codec for tensor in self.plan.tensors if tensor.method in ("copy", "convert")}
-        # the coarser of the two, where a model holds both
-        dtype = torch.bfloat16 if "BF16" in plain else torch.float16
         kinds = {name: layout.type for name, layout in layouts.items()}
-        return Rescaling(streamed, kinds, way, dtype, rough, ENERGY_CAP)  # type: ignore[arg-type]
+        return Rescaling(streamed, kinds, way, self._norms_dtype(), rough, ENERGY_CAP)  # type: ignore[arg-type]
+
+    def _norms_dtype(self) -> torch.dtype:
+        """In which norms are stored: the coarser of the two, where a model holds both."""
+        import torch
+
+        plain = {tensor.codec for tensor in self.plan.tensors if tensor.method in ("copy", "convert")}
+        return torch.bfloat16 if "BF16" in plain else torch.float16
 
 
 def encoded(tensor: PlannedTensor, values: Floats) -> npt.NDArray[np.uint8]:

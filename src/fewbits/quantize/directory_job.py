@@ -27,6 +27,7 @@ from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
 from fewbits.layouts.onnx import ONNX
 from fewbits.methods import method as method_named
+from fewbits.methods.base import Effort
 from fewbits.plan import Plan
 from fewbits.plan.directory import HEAD, Target, plain_dtype, target
 from fewbits.quantize.budget import Budget
@@ -95,6 +96,7 @@ class DirectoryJob:
         edited: Path | None = None,
         head_bits: int | None = None,
         measurement: Path | None = None,
+        effort: Effort = "default",
     ) -> DirectoryJob:
         """Make the plan; texts are tokenized, no weight is read. A budget is spent by `spent` only.
 
@@ -122,7 +124,7 @@ class DirectoryJob:
         device = _device(device, text is not None and chosen.calibrated, chosen.name)
         saved = Plan.load(edited) if edited else None
         calibrates = text if chosen.calibrated else None
-        request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, calibrates, saved)
+        request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, calibrates, saved, effort)
         plan = make_directory_plan(model, request)
         if budget:
             budget = as_size(budget, model.path, chosen)
@@ -138,6 +140,7 @@ class DirectoryJob:
         words += [*asked, *_flags("--plan", [edited] if edited else [])]
         words += _flags("--head-bits", [head_bits] if head_bits else [])
         words += _flags("--measurement", [measurement] if measurement else [])
+        words += _flags("--effort", [effort] if effort != "default" else [])
         return DirectoryJob(model, request, plan, shlex.join(words), dtype, device, text, budget, measurement)
 
     def spent(self, threads: int | None, progress: Progress | None) -> DirectoryJob:

@@ -146,7 +146,7 @@ class GGUFJob:
 
         model = open_model(self.model)
         text = read_texts(self.calibration, model.tokenizer(), CONTEXT, self.chunks or CHUNKS)
-        identity = run_identity(plan, model, text, "cpu")
+        identity = run_identity(plan, model, text, "cpu", self.effort)
         return quantize_blockwise(plan, model, text, scratch, identity, self.threads, "cpu", True, self.progress)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
