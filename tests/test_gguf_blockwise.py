@@ -12,7 +12,8 @@ import transformers
 import fewbits
 from fewbits.arch import gguf_tensors
 from fewbits.checkpoint import GGUFCheckpoint, open_model
-from fewbits.quantize import gguf_blockwise
+from fewbits.errors import FewbitsError
+from fewbits.quantize import gguf_blockwise, gguf_job
 from fewbits.quantize.blockwise import BlockwiseRun
 from tiny_models import save_tiny
 
@@ -36,10 +37,10 @@ def logits_of(directory: Path, like: Path, text: Path) -> torch.Tensor:
         return found(torch.tensor([model.tokenizer()(text.read_text()[-900:]).input_ids])).logits[0]
 
 
-def made(directory: Path, target: str, text: Path, effort: str = "default") -> Path:
+def made(directory: Path, target: str, text: Path, effort: str = "default", overwrite: bool = True) -> Path:
     out = text.parent / f"{effort}-{target}.gguf"
     options = {"calibration": text, "calibration_chunks": 16, "effort": effort}
-    fewbits.quantize(directory, target, out, **options, overwrite=True, threads=1)
+    fewbits.quantize(directory, target, out, **options, overwrite=overwrite, threads=1)
     return out
 
 
@@ -69,8 +70,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = save_tiny(tmp_path / "model", "llama", LLAMA)
-    whole = made(directory, "Q4_0", text).read_bytes()
-    kept, seen = BlockwiseRun._block, []
+    out = made(directory, "Q4_0", text)
+    whole = out.read_bytes()
+    out.unlink()
+    out.with_suffix(".imatrix.gguf").unlink()
+    kept, seen, texts = BlockwiseRun._block, [], []
+    once = gguf_job.calibrate_texts
+    monkeypatch.setattr(gguf_job, "calibrate_texts", lambda *all_: texts.append(1) or once(*all_))
 
     def stop(run: BlockwiseRun, index: int, block: torch.nn.Module) -> None:
         seen.append(index)
@@ -81,9 +87,37 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr("fewbits.calibration.resume.SAVE_EVERY", 0.0)
     monkeypatch.setattr(BlockwiseRun, "_block", stop)
     with pytest.raises(KeyboardInterrupt):
-        made(directory, "Q4_0", text)
-    assert made(directory, "Q4_0", text).read_bytes() == whole
+        made(directory, "Q4_0", text, overwrite=False)
+    assert made(directory, "Q4_0", text, overwrite=False).read_bytes() == whole
     assert seen == [0, 1, *range(1, max(seen) + 1)], "the first block was done"
+    assert len(texts) == 1, "and so was the importance matrix"
+
+
+def test_a_folder_of_somebody_else_s_stays(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    other = tmp_path / "default-Q4_0.gguf.blocks" / "letters.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    with pytest.raises(FewbitsError, match="in the way"):
+        made(directory, "Q4_0", text)
+    assert other.read_text() == "mine"
+
+
+def test_a_gguf_file_is_a_model_like_any_other(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    source = tmp_path / "source.gguf"
+    fewbits.quantize(directory, "F32", source)
+    from_directory = {
+        name: _stored(made(directory, "Q4_0", text), name) for name in ("blk.0.attn_q.weight", "blk.1.ffn_norm.weight")
+    }
+    out = made(source, "Q4_0", text)
+    for name, data in from_directory.items():
+        np.testing.assert_array_equal(_stored(out, name), data)
+
+
+def _stored(file: Path, name: str) -> np.ndarray:
+    checkpoint = GGUFCheckpoint(file)
+    return checkpoint.raw(name, 0, checkpoint.tensors[name].nbytes)
 
 
 def test_fast_looks_at_the_text_once(tmp_path: Path, text: Path) -> None:

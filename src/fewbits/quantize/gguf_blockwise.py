@@ -8,24 +8,25 @@ output, in the order of rows that GGUF wants, until the file is written.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fewbits import arch
 from fewbits.arch.tensors import GGUFTensor
-from fewbits.calibration.texts import CalibrationText
 from fewbits.checkpoint import Model
 from fewbits.codecs import codec
 from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.errors import FewbitsError
+from fewbits.formats.atomic import check_room
 from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import method
 from fewbits.methods.gptq import feedback_span
@@ -33,8 +34,13 @@ from fewbits.plan import Plan
 from fewbits.plan.tensors import layer_of
 from fewbits.quantize.importances import Progress
 
+if TYPE_CHECKING:
+    from fewbits.calibration.texts import CalibrationText
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
+STATE = "activations"
+"""Within the folder of a run: what it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,6 @@ def quantize_blockwise(
     identity: str,
     threads: int | None = None,
     device: str = "cpu",
-    rescaled: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, ReadBytes]:
     """Quantize the linears of the decoder blocks.
@@ -107,7 +112,6 @@ def quantize_blockwise(
         text: what calibrates the model.
         folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
         identity: of plan, model, text and whatever else the result follows from.
-        rescaled: whether channels are scaled by AWQ's search first.
 
     Returns:
         By GGUF name, what reads a tensor's bytes.
@@ -132,10 +136,9 @@ def quantize_blockwise(
     }
     # scales move into all linears that read a channel, so all must be made here
     whole = all(linear.plain for linear in arch.decoder_linears(model.config, {n: model.shape(n) for n in model.names}))
-    written = every if rescaled and whole else linears
-    work = WorkFolder(folder, identity)
-    work.check(overwrite=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    written = every if whole else linears
+    work = WorkFolder(_begin(folder, identity), identity)
+    check_room(folder, sum(planned[name].nbytes for name in {place.tensor.name for place in written.values()}))
     cores = threads or os.cpu_count() or 1
     with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
         streamed = StreamedModel(model)
@@ -176,12 +179,35 @@ def quantize_blockwise(
     return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
 
 
+def unfinished(folder: Path) -> str | None:
+    """The identity of the run that has left this folder; None where there is none."""
+    try:
+        return (folder / STATE / "identity").read_text()
+    except OSError:
+        return None
+
+
+def _begin(folder: Path, identity: str) -> Path:
+    """Make the folder, or make sure that it is of an earlier run; returns the place of the run's state."""
+    state = folder / STATE
+    found = unfinished(folder)
+    if found is None and folder.exists():
+        raise FewbitsError(f"{folder}: it is in the way of what an unfinished run keeps.", "Move it.")
+    if found != identity:
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
+        (state / "identity").write_text(identity)
+    return state
+
+
 def _write(path: Path, data: npt.NDArray[np.uint8]) -> None:
     """Whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     try:
         with open(fresh, "wb") as file:
             file.write(data.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(fresh, path)
     except OSError as error:
         raise FewbitsError(f"{fresh}: cannot be written ({error.strerror}).", "Make room on the disk.") from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fewbits.calibration.imatrix_files import read_statistics
 from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import open_checkpoint, open_model
 from fewbits.errors import FewbitsError
@@ -17,6 +20,7 @@ from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
 from fewbits.quantize.directory import run_identity
 from fewbits.quantize.execute import QuantizeReport, check, execute
+from fewbits.quantize.gguf_blockwise import planned_blockwise, quantize_blockwise, unfinished
 from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import (
     CHUNKS,
@@ -32,6 +36,9 @@ from fewbits.quantize.importances import (
 )
 from fewbits.quantize.learned import Learned
 from fewbits.quantize.planning import PlanRequest, default_output, make_plan
+
+if TYPE_CHECKING:
+    from fewbits.calibration.texts import CalibrationText
 
 
 @dataclass(frozen=True)
@@ -117,37 +124,47 @@ class GGUFJob:
         # whatever would refuse the result should do so before weights are read and texts run
         if self.request.split_max_size is None:  # the names of a set depend on how many there are
             check_output(self.output, overwrite)
+        started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output)[1]
             return execute(plan, self.source, self.output, self.threads, overwrite, self.progress)
-        statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite)
+        scratch = self.output.with_name(f"{self.output.name}.blocks")
+        before = unfinished(scratch)
+        statistics, file = promised(
+            self.model, self.calibration, self.output, self.chunks, overwrite or before is not None
+        )  # fmt: skip
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
             if self.budget is None:  # how large a mixture gets is not known yet
                 check(plan, source, self.output, overwrite, feedback=True)
-            if found is not None:
-                statistics = self._run(file, overwrite)
+            if found is not None and file.exists() and before == self._identity(plan):
+                statistics = read_statistics(file)
+            elif found is not None:
+                statistics = self._run(file, overwrite or before is not None)
         source, plan, found = self._made(statistics, file)
-        scratch = self.output.with_name(f"{self.output.name}.blocks")
         made = self._blockwise(plan, scratch) if self.feeds_back and found is not None else {}
         learned = Learned(found or {}, self.factors, made)
         report = execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
-        shutil.rmtree(scratch, ignore_errors=True)
-        return report
+        if made:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return report.model_copy(update={"seconds": time.monotonic() - started})
 
     @property
     def feeds_back(self) -> bool:
         """Whether text runs through the model while it is quantized."""
         return self.effort != "fast" and not self.factors and bool(split_sources(self.calibration)[1])
 
-    def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
+    def _text(self) -> CalibrationText:
         from fewbits.calibration.texts import read_texts  # imports torch, which most runs do without
-        from fewbits.quantize.gguf_blockwise import quantize_blockwise
 
-        model = open_model(self.model)
-        text = read_texts(self.calibration, model.tokenizer(), CONTEXT, self.chunks or CHUNKS)
-        identity = run_identity(plan, model, text, "cpu", self.effort)
-        return quantize_blockwise(plan, model, text, scratch, identity, self.threads, "cpu", True, self.progress)
+        return read_texts(self.calibration, open_model(self.model).tokenizer(), CONTEXT, self.chunks or CHUNKS)
+
+    def _identity(self, plan: Plan) -> str:
+        return run_identity(plan, open_model(self.model), self._text(), "cpu", self.effort)
+
+    def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
+        run = (plan, open_model(self.model), self._text(), scratch, self._identity(plan))
+        return quantize_blockwise(*run, self.threads, progress=self.progress)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
@@ -175,8 +192,6 @@ class GGUFJob:
         if self.factors:
             plan = with_feedback(plan, self.factors, statistics.texts_sha256)
         elif self.feeds_back:
-            from fewbits.quantize.gguf_blockwise import planned_blockwise
-
             plan = planned_blockwise(plan, open_model(self.model))
         if not statistics.tensors:
             return told, plan, {}
