@@ -160,6 +160,8 @@ def test_odd_matrices_and_hessians() -> None:
         blocks[8 * at : 8 * at + 8, 8 * at : 8 * at + 8] = factor @ factor.T
     np.testing.assert_allclose(lower @ blocks @ lower.T, moments.hessian, atol=1e-5 * moments.hessian.max())
     assert AQLM.make(np.zeros((8, 64), np.float32), TWO, Known()).decode().any() == np.False_
+    tiny = AQLM.make(layer(64, 64)[0] * np.float32(1e-19), TWO, Known())  # squares are below float32
+    assert np.isfinite(tiny.decode()).all()
     hessian[2, 2] = -1
     with pytest.raises(FewbitsError, match="not finite and positive"):
         AQLM.make(weights, TWO, Known(hessian=hessian))
@@ -215,6 +217,29 @@ def test_tuning_helps_on_text_that_it_has_not_seen() -> None:
         tuning.apply(found.plain)
         assert all(tensor.equal(tensor.half().float()) for tensor in found.plain.values())
         assert error() < 0.95 * before
+
+
+@pytest.mark.parametrize("batches", [4, 5])
+def test_tuning_takes_five_batches(batches: int) -> None:
+    """One is held out, where there are enough; with fewer nothing is tuned."""
+    streamed = StreamedModel(open_model(MODEL))
+    with torch.no_grad():
+        stream = streamed.enter(np.random.default_rng(0).integers(0, 2048, (batches, 64)), together=1)
+        block = streamed.block(0)
+        tuning = Tuning(streamed, stream, 0, block)
+        name = "model.layers.0.self_attn.v_proj.weight"
+        values = streamed.weights_of(0, block)[name]
+        coded = AQLM.make(values.numpy(), Additive(1, 8, 16), Known(effort="fast"))
+        values.copy_(torch.from_numpy(coded.decode()))
+        assert len(tuning.held_out) == batches - 4
+        assert (tuning({name: coded}, "default") is not None) == (batches == 5)
+
+
+@pytest.mark.parametrize("target", ["aqlm:2x8g8", "quip:2", "exl3:2"])
+def test_a_short_text_is_refused(target: str, texts: tuple[Path, Path]) -> None:
+    """512 tokens say nothing of 768 inputs; there is no other method to take instead."""
+    with pytest.raises(FewbitsError, match=r"768 columns: too few for \w+\. .* --calibration-chunks\.$"):
+        fewbits.plan(MODEL, target, calibration=texts[0], calibration_chunks=1)
 
 
 @pytest.fixture(scope="module")
@@ -311,5 +336,13 @@ def test_refuses_damaged_modules() -> None:
     narrow = replace(layout, type=Additive(2, 4, 8))
     with pytest.raises(FewbitsError, match="no codes of 4 bits"):
         narrow.unpack(good, (6, 32))
-    with pytest.raises(FewbitsError, match="multiples of 8"):
+    with pytest.raises(FewbitsError, match=r"multiples of 8.*12\. Keep this"):
         layout.check((8, 12))
+    with pytest.raises(FewbitsError, match=r"multiples of 16.*24\. Take aqlm:2x8g8"):
+        AQLMLayout.from_spec("2x8g16").check((8, 24))
+
+
+def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "mixtral")
+    with pytest.raises(FewbitsError, match="all experts of a block in one tensor"):
+        fewbits.plan(directory, "aqlm:2x8g8")

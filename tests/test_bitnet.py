@@ -176,6 +176,7 @@ def test_values_that_cannot_be_are_refused(byte: int, scale: float, name: str, w
     ("config", "what"),
     [
         ({"linear_class": "bitter"}, "linear_class"),
+        ({"linear_class": ["bitlinear"]}, "linear_class"),
         ({"linear_class": "autobitlinear", "quantization_mode": "online"}, "every pass"),
         ({"use_rms_norm": True}, "use_rms_norm"),
     ],

@@ -272,8 +272,8 @@ def test_what_does_not_fit_is_refused(change: dict[str, Part | None], said: str)
         )
 
 
-@pytest.mark.parametrize("number", [0, 8, -7, None])
-def test_unknown_codebooks_are_refused(number: int | None) -> None:
+@pytest.mark.parametrize("number", [0, 8, -7, None, 7.0, np.nan])
+def test_unknown_codebooks_are_refused(number: float | None) -> None:
     values = {} if number is None else {".codebook_id": np.array(number)}
     with pytest.raises(FewbitsError, match="codebook_id is"):
         Stored(LatticeE8(2)).identify(Stored(LatticeE8(2)).parts((48, 192)), values)
@@ -286,6 +286,18 @@ def test_scales_that_are_no_numbers_are_refused(suffix: str, wrong: float) -> No
     arrays[suffix][...] = wrong
     with pytest.raises(FewbitsError, match="not finite"):
         Stored(LatticeE8(3)).unpack(arrays, (48, 192))
+
+
+def test_scales_of_any_float_are_read() -> None:
+    layout = Stored(LatticeE8(2))
+    arrays = layout.pack(random_matrix(LatticeE8(2), 48, 192))
+    for suffix in (".SU", ".SV", ".Wscale"):
+        short = np.asarray(arrays[suffix], np.float32).view(np.uint32) >> 16  # bfloat16
+        same = (short << 16).view(np.float32)
+        found = layout.unpack(arrays | {suffix: short.astype(np.uint16)}, (48, 192))
+        assert np.array_equal(found, layout.unpack(arrays | {suffix: same}, (48, 192)))
+    largest = np.full(48, 1e5, np.float32)  # beyond float16
+    assert np.isfinite(layout.unpack(arrays | {".SV": largest}, (48, 192))).all()
 
 
 def test_a_model_goes_there_and_back(tmp_path: Path, texts: tuple[Path, Path]) -> None:

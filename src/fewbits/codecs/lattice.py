@@ -184,15 +184,15 @@ class LatticeCoded(Coded):
 
     Attributes:
         codes: uint16 [stages, out, in / 8].
-        su: float16 [in], signs and scales of the inputs.
-        sv: float16 [out], of the outputs.
+        su: float16, in files of others any float, [in], signs and scales of the inputs.
+        sv: likewise, [out], of the outputs.
         scale: of all.
     """
 
     type: LatticeE8
     codes: Codes
-    su: npt.NDArray[np.float16]
-    sv: npt.NDArray[np.float16]
+    su: npt.NDArray[np.floating]
+    sv: npt.NDArray[np.floating]
     scale: float = 1.0
 
     def inner(self) -> Floats:

@@ -78,9 +78,10 @@ class AQLM(Layout):
 
     def check(self, shape: tuple[int, int]) -> None:
         if shape[0] < 1 or shape[1] < 1 or shape[1] % self.type.group:
+            other = "Keep this tensor" if shape[1] % GROUPS[0] else "Take aqlm:2x8g8, or keep this tensor"
             raise FewbitsError(
                 f"{self.type.name} takes multiples of {self.type.group} inputs, and these are {shape[1]}.",
-                "Take aqlm:2x8g8, or keep this tensor as it is with --keep.",
+                f"{other} as it is with --keep.",
             )
 
     @property

@@ -74,7 +74,7 @@ class BitNet(Layout):
                 "Take a model whose own code has the norms.",
             )
         linear_class = config.get("linear_class", "bitlinear")
-        if linear_class not in CLASSES:
+        if not isinstance(linear_class, str) or linear_class not in CLASSES:
             raise FewbitsError(f"quantization_config: linear_class is {linear_class!r}.", "Mend config.json.")
         return cls(linear_class)
 

@@ -1,7 +1,7 @@
 """QuIP# checkpoints as quip-sharp stores them, but with every linear by itself; see `codecs.lattice`.
 
 A linear of n inputs and m outputs has `Qidxs` int64 [m, n bits / 64], `SU` float16 [n], `SV` float16 [m], `Wscale`
-float32 [] and `codebook_id` int64 []. SV holds the whole scale, so that Wscale, by which readers multiply, is 1.
+float32 [] and `codebook_id` int64 []. SU holds the whole scale, so that Wscale, by which readers multiply, is 1.
 
 quip-sharp (read in its commit 1d8f873e) fuses q, k and v as well as gate and up before it quantizes, has model classes
 of its own that transformers do not know, and takes Hadamard matrices of other sizes than powers of two from tables: its
@@ -22,7 +22,7 @@ from fewbits.codecs.hadamard import factors
 from fewbits.codecs.lattice import INPUTS_TOGETHER, NAMES, ROWS_TOGETHER, LatticeCoded, LatticeE8
 from fewbits.errors import FewbitsError
 from fewbits.layouts.base import Arrays, Layout, Part
-from fewbits.layouts.values import DAMAGED, compare, get
+from fewbits.layouts.values import compare, from_stored, get
 
 CODEBOOK_IDS = {7: 2, 17: 4, 18: 3}
 """Bits of quip-sharp's codebooks."""
@@ -102,23 +102,20 @@ class QuIP(Layout):
 
     def identify(self, parts: Mapping[str, Part], values: Arrays) -> tuple[QuIP, tuple[int, int]]:
         codebook = values.get(".codebook_id", np.zeros(0))
-        number = int(codebook.ravel()[0]) if codebook.size == 1 else None
+        number = int(codebook.ravel()[0]) if codebook.size == 1 and codebook.dtype.kind == "i" else None
         if number not in CODEBOOK_IDS:
             known = ", ".join(f"{one} ({NAMES[bits]})" for one, bits in CODEBOOK_IDS.items())
             raise FewbitsError(
-                f".codebook_id is {'missing' if number is None else number}; known are {known}.",
+                f".codebook_id is {'missing or no whole number' if number is None else number}; known are {known}.",
                 "Take another version of this model.",
             )
         found = QuIP(LatticeE8(CODEBOOK_IDS[number]))
         return found, found.shape_of(parts)
 
     def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> Floats:
-        for suffix in (".SU", ".SV", ".Wscale"):
-            if not np.isfinite(arrays[suffix]).all():
-                raise FewbitsError(f"{suffix} holds values that are not finite.", DAMAGED)
+        su, sv, scale = (from_stored(arrays[suffix], suffix) for suffix in (".SU", ".SV", ".Wscale"))
         codes = self.type.unpack(np.ascontiguousarray(arrays[".Qidxs"], np.int64))
-        su, sv = arrays[".SU"].astype(np.float16), arrays[".SV"].astype(np.float16)
-        return LatticeCoded(self.type, codes, su, sv, float(arrays[".Wscale"])).decode()
+        return LatticeCoded(self.type, codes, su, sv, float(scale.item())).decode()
 
     def config(self, kept: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, Any]:
         params: dict[str, Any] = {

@@ -313,7 +313,10 @@ class Fit:
             if not size > enough:
                 break
             curved = pulled(direction.astype(np.float32), False)
-            length = size / float(np.vdot(direction, curved))
+            bend = float(np.vdot(direction, curved))
+            if not bend > 0:  # weights whose squares are too small for float32
+                break
+            length = size / bend
             words += length * direction
             residual -= length * curved
             ahead = np.einsum("bwij,bwj->bwi", inverse, residual)

@@ -25,7 +25,7 @@ CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant", "ldlq", "quip", "aqlm")
 """Methods that look at what text makes of a model."""
 USUAL = {"bitnet": "autobitlinear"}
 """What an ecosystem's name alone stands for, where one target is what nearly everybody wants."""
-LINEARS_ALONE = ("bnb", "bitnet")
+LINEARS_ALONE = ("bnb", "bitnet", "aqlm")
 """Ecosystems whose loader in transformers replaces linear modules, which its experts are not."""
 
 

@@ -26,7 +26,7 @@ from fewbits.layouts import Layout
 from fewbits.methods import Known
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
-from fewbits.plan.directory import HEAD, Target, alike, follow, plan_directory, siblings
+from fewbits.plan.directory import HEAD, Target, alike, follow, methods_for, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.matrices import Arrays, Floats, packed
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from fewbits.forward.streamed import StreamedModel
     from fewbits.quantize.rescaling import Rescaling
 
+FED_BACK = ("gptq", "ldlq", "quip", "aqlm")
+"""Ends of the names of methods that pass errors on by the Hessian."""
 COPIED_BYTES = 1 << 26
 WEIGHTS_AT_ONCE = 1 << 27
 """Weights that are worked on at once, where no single tensor has more: half a gigabyte as float32."""
@@ -91,13 +93,13 @@ def make_directory_plan(model: Model, request: DirectoryRequest) -> Plan:
         with about(model.path):
             plan = follow(plan, request.edited, chosen, sets)
     if request.text is not None:
-        _check_text(plan, request.text)
+        _check_text(plan, request)
         longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
         if isinstance(longest, int) and longest < request.text.inputs.shape[1]:
             raise FewbitsError(
                 f"{model.path}: the model was made for {longest} positions, calibration takes windows of "
                 f"{request.text.inputs.shape[1]}.",
-                "Choose --method search, which needs no text.",
+                "Choose --method search, which needs no text." if _has_search(chosen) else "Take a GGUF preset.",
             )
         request.text.check(int(model.config.get("vocab_size") or 2**31), model.path)
     lossy = sorted({t.source_dtype for t in quantized_tensors(plan)} - {"F32", "F16", "BF16", "F64"})
@@ -118,14 +120,22 @@ def linears_of(model: Model) -> list[arch.DecoderLinear]:
     return arch.decoder_linears(model.config, {name: model.shape(name) for name in model.names})
 
 
-def _check_text(plan: Plan, text: CalibrationText) -> None:
+def _check_text(plan: Plan, request: DirectoryRequest) -> None:
     """Error feedback with fewer tokens than columns fits the text and not the model."""
+    assert request.text is not None
+    tokens = request.text.inputs.size
     columns, name, method = max((t.shape[1], t.name, t.method) for t in quantized_tensors(plan))
-    if any(t.method.endswith(("gptq", "ldlq")) for t in plan.tensors) and text.inputs.size < columns:
+    if any(t.method.endswith(FED_BACK) for t in plan.tensors) and tokens < columns:
+        other = ", or choose --method search" if _has_search(request.target) else ""
         raise FewbitsError(
-            f"The text has {text.inputs.size} tokens, {name} has {columns} columns: too few for {method}.",
-            "Take a longer text or more --calibration-chunks, or choose --method search.",
+            f"The text has {tokens} tokens, {name} has {columns} columns: too few for {method}.",
+            f"Take a longer text or more --calibration-chunks{other}.",
         )
+
+
+def _has_search(chosen: Target) -> bool:
+    """Whether a target can be made without text by searching scales."""
+    return chosen.layout.activations != "static" and "search" in methods_for(chosen.layout)
 
 
 def quantized_tensors(plan: Plan) -> list[PlannedTensor]:

@@ -27,8 +27,8 @@ RATE = 3e-3
 BETAS = (0.9, 0.95)
 HELD_OUT = 8
 """One of so many batches of windows is held out, ..."""
-FEWEST = 4
-"""... and with fewer batches than this, nothing is tuned."""
+FEWEST = HELD_OUT // 2 + 1
+"""... the first of them the fifth: with fewer batches than this, nothing is tuned."""
 ENERGY_CAP = 8.0
 """Most that a token's output counts, in medians of the batch: see `blockwise.ENERGY_CAP`."""
 Self = TypeVar("Self", bound="Tunable")
