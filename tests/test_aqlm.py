@@ -344,5 +344,6 @@ def test_refuses_damaged_modules() -> None:
 
 def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model", "mixtral")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and ran " * 400)
     with pytest.raises(FewbitsError, match="all experts of a block in one tensor"):
-        fewbits.plan(directory, "aqlm:2x8g8")
+        fewbits.plan(directory, "aqlm:2x8g8", calibration=tmp_path / "text.txt")
