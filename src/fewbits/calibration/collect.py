@@ -19,6 +19,9 @@ from fewbits.checkpoint import Model
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import StreamedModel
 
+ENERGY_CAP = 8.0
+"""Tokens count with at most so many times the median's energy where weights are chosen by them: without, a few tokens
+with massive activations (the first of each window: specs, low-bit.md section 9) own a Hessian."""
 ROWS = 128
 """Squares are summed in float32 over so many tokens, then in float64: fast, and exact to a few parts in 10 million."""
 

@@ -346,6 +346,7 @@ class AQLM(Method):
     """Codes, codebooks and scales in turn; see the module."""
 
     name = "aqlm"
+    hessian = "whole"
     summary = "learns codebooks for each matrix and sums of their codewords, by what the outputs lose (AQLM)"
 
     @classmethod

@@ -82,6 +82,13 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    hessian: ClassVar[Literal["", "diagonal", "factor", "whole"]] = ""
+    """What of the inputs' Hessian is used where text runs: with `factor` or `whole` errors are passed on by it."""
+
+    @classmethod
+    def feeds_back(cls) -> bool:
+        """Whether errors are passed on, for which a text must have as many tokens as a matrix has columns."""
+        return cls.hessian in ("factor", "whole")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

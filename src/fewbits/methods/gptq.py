@@ -77,6 +77,7 @@ class GPTQ(Method):
     """
 
     name = "gptq"
+    hessian = "factor"
     summary = "searches scales, then rounds column by column, passing errors on to the columns to come (GPTQ)"
 
     @classmethod

@@ -220,6 +220,7 @@ class LDLQ(Method):
     """Regularized weights, 16 inputs at a time from the last to the first, each block's loss passed on."""
 
     name = "ldlq"
+    hessian = "whole"
     summary = "rotates weights into noise and codes it by a trellis, passing errors on to the inputs to come (LDLQ)"
 
     @classmethod

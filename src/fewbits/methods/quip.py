@@ -52,6 +52,7 @@ class QuIP(Method):
     """Regularized weights, 8 inputs at a time from the last to the first, each block's loss passed on; then again."""
 
     name = "quip"
+    hessian = "whole"
     summary = "rotates weights into noise and codes it by points of the E8 lattice, passing errors on (QuIP#)"
 
     @classmethod

@@ -20,6 +20,7 @@ class AWQ(Method):
     are long."""
 
     name = "awq"
+    hessian = "diagonal"
     summary = "scales channels by their activations, then searches each group's range by the output's error (AWQ)"
 
     @classmethod

@@ -20,24 +20,18 @@ import torch
 from greenlet import greenlet
 from torch import nn
 
-from fewbits.calibration.collect import BlockRecorder, Inputs
+from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Progress, Stream, StreamedModel
 from fewbits.layouts import Layout
 from fewbits.methods import Known, factorize
+from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
 from fewbits.quantize.matrices import Arrays, quantize_matrix
 from fewbits.quantize.rescaling import Rescaling
 from fewbits.quantize.tuning import EPOCHS, TunableLayout, Tuning
 
 Floats = npt.NDArray[np.float32]
-FEEDBACK = {"gptq", "awq+gptq"}
-"""Methods that use the Hessian's factor ..."""
-WHOLE_HESSIAN = {"ldlq", "quip", "aqlm"}
-"""... and the Hessian itself."""
-ENERGY_CAP = 8.0
-"""Tokens count in a Hessian with at most so many times the median's energy: without, a few tokens with massive
-activations (the first of each window: specs, low-bit.md section 9) own it."""
 
 
 def rough_products(device: str) -> bool:
@@ -94,7 +88,7 @@ class BlockwiseRun:
         """
         count = len(self.streamed.layers)
         # a block of these takes minutes: told by the weight
-        self._work = _Work.of(self, first, progress) if progress and WHOLE_HESSIAN & self.methods else None
+        self._work = _Work.of(self, first, progress) if progress and "whole" in hessians_of(self.methods) else None
         with torch.no_grad(), self._products():
             for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
@@ -169,7 +163,7 @@ class BlockwiseRun:
 
     @property
     def wants_hessians(self) -> bool:
-        return bool({*FEEDBACK, "awq", *WHOLE_HESSIAN} & self.methods)
+        return bool(hessians_of(self.methods))
 
     @property
     def methods(self) -> set[str]:
@@ -262,6 +256,12 @@ class _Work:
         self.progress(self.done, self.total, what)
 
 
+def hessians_of(methods: Collection[str]) -> set[str]:
+    """What these methods use of a Hessian."""
+    found: set[str] = {method_named(name).hessian for name in methods}
+    return found - {""}
+
+
 def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     """What the windows say of one input, in the forms that these methods use.
 
@@ -279,5 +279,5 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
     if count < len(mean):
         # too little for feedback of any kind
-        return replace(known, hessian=None) if WHOLE_HESSIAN & set(methods) else known
-    return replace(known, factor=factorize(mean)) if FEEDBACK & set(methods) else known
+        return replace(known, hessian=None) if "whole" in hessians_of(methods) else known
+    return replace(known, factor=factorize(mean)) if "factor" in hessians_of(methods) else known

@@ -24,6 +24,7 @@ from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
 from fewbits.layouts import Layout
 from fewbits.methods import Known
+from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import HEAD, Target, alike, follow, methods_for, plan_directory, siblings
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from fewbits.forward.streamed import StreamedModel
     from fewbits.quantize.rescaling import Rescaling
 
-FED_BACK = ("gptq", "ldlq", "quip", "aqlm")
-"""Ends of the names of methods that pass errors on by the Hessian."""
 COPIED_BYTES = 1 << 26
 WEIGHTS_AT_ONCE = 1 << 27
 """Weights that are worked on at once, where no single tensor has more: half a gigabyte as float32."""
@@ -125,7 +124,7 @@ def _check_text(plan: Plan, request: DirectoryRequest) -> None:
     assert request.text is not None
     tokens = request.text.inputs.size
     columns, name, method = max((t.shape[1], t.name, t.method) for t in quantized_tensors(plan))
-    if any(t.method.endswith(FED_BACK) for t in plan.tensors) and tokens < columns:
+    if any(method_named(t.method).feeds_back() for t in quantized_tensors(plan)) and tokens < columns:
         other = ", or choose --method search" if _has_search(request.target) else ""
         raise FewbitsError(
             f"The text has {tokens} tokens, {name} has {columns} columns: too few for {method}.",
@@ -372,7 +371,7 @@ class _Run:
 
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:
         """What a method does to a block beforehand, if it does anything."""
-        from fewbits.quantize.blockwise import ENERGY_CAP
+        from fewbits.calibration.collect import ENERGY_CAP
         from fewbits.quantize.rescaling import Rescaling
 
         way = self.request.target.method.removesuffix("+gptq")

@@ -61,10 +61,10 @@ def calibrated(
     """
     import torch
 
-    from fewbits.calibration.collect import BlockRecorder, owners
+    from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, owners
     from fewbits.calibration.sensitivity import sensitivities
     from fewbits.forward.streamed import StreamedModel, torch_threads
-    from fewbits.quantize.blockwise import ENERGY_CAP, known_of, rough_products
+    from fewbits.quantize.blockwise import known_of, rough_products
 
     with torch_threads(threads):
         known = sensitivities(model, text, progress=progress)

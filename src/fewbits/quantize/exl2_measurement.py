@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from fewbits import arch
-from fewbits.calibration.collect import BlockRecorder, Inputs, owners
+from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs, owners
 from fewbits.calibration.sensitivity import sensitivities
 from fewbits.calibration.statistics import Sensitivities
 from fewbits.calibration.texts import CalibrationText
@@ -35,7 +35,7 @@ from fewbits.forward.streamed import Progress, Stream, StreamedModel, torch_thre
 from fewbits.layouts.exl2 import EXL2
 from fewbits.plan.budget import Alternative, Option
 from fewbits.plan.schema import first_problem
-from fewbits.quantize.blockwise import ENERGY_CAP, known_of, rough_products
+from fewbits.quantize.blockwise import known_of, rough_products
 from fewbits.quantize.losses import some_rows
 from fewbits.quantize.matrices import quantize_matrix
 

@@ -30,7 +30,7 @@ from fewbits.formats.atomic import check_room
 from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import method
 from fewbits.methods.gptq import feedback_span
-from fewbits.plan import Plan
+from fewbits.plan import Plan, PlannedTensor
 from fewbits.plan.tensors import layer_of
 from fewbits.quantize.importances import Progress
 
@@ -71,29 +71,28 @@ class Place:
 
 def planned_blockwise(plan: Plan, model: Model) -> Plan:
     """The plan with error feedback wherever a tensor is in a decoder block and its type allows."""
-    linears = {place.tensor.name for place in _linears(model).values()}
+    linears = {place.tensor.name for place in _places(model)[1].values()}
     able = {t.name for t in plan.tensors if t.method == "search" and feedback_span(codec(t.codec))}
     tensors = [t.model_copy(update={"method": "gptq"}) if t.name in able & linears else t for t in plan.tensors]
     notes = [*plan.notes, f"{len(able & linears)} tensors are rounded with error feedback, block by block"]
     return plan.model_copy(update={"tensors": tensors, "notes": notes})
 
 
-def _places(model: Model) -> dict[str, Place]:
-    """By stored name, all tensors in decoder blocks."""
+def _places(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
+    """By stored name, all tensors in decoder blocks, and those that are the weights of linear modules of their own.
+
+    Where a block has linears that are not, scales cannot move: then both are the same.
+    """
     shapes = {name: model.shape(name) for name in model.names}
-    return {
+    every = {
         source: Place(tensor, part)
         for tensor in arch.gguf_tensors(model.config, shapes)
         if layer_of(tensor.name) >= 0
         for part, source in enumerate(tensor.sources)
     }
-
-
-def _linears(model: Model) -> dict[str, Place]:
-    """Those of them that are the weights of linear modules of their own."""
-    every = arch.decoder_linears(model.config, {name: model.shape(name) for name in model.names})
-    found = _places(model)
-    return {linear.weight: found[linear.weight] for linear in every if linear.plain}
+    linears = arch.decoder_linears(model.config, shapes)
+    plain = {linear.weight: every[linear.weight] for linear in linears if linear.plain}
+    return (every if len(plain) == len(linears) else plain), plain
 
 
 def quantize_blockwise(
@@ -103,7 +102,6 @@ def quantize_blockwise(
     folder: Path,
     identity: str,
     threads: int | None = None,
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, ReadBytes]:
     """Quantize the linears of the decoder blocks.
@@ -121,22 +119,18 @@ def quantize_blockwise(
     """
     import torch  # takes a second, which calibration by statistics does without
 
+    from fewbits.calibration.collect import ENERGY_CAP
     from fewbits.calibration.resume import WorkFolder
     from fewbits.forward.streamed import StreamedModel, torch_threads
-    from fewbits.quantize.blockwise import ENERGY_CAP, BlockwiseRun, rough_products
+    from fewbits.quantize.blockwise import BlockwiseRun, rough_products
     from fewbits.quantize.rescaling import Rescaling
 
-    every, linears = _places(model), _linears(model)
+    written, linears = _places(model)
     planned = {tensor.name: tensor for tensor in plan.tensors}
     packings: dict[str, Any] = {
         source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
     }
-    methods = {
-        source: planned[place.tensor.name].method.replace("copy", "convert") for source, place in linears.items()
-    }
-    # scales move into all linears that read a channel, so all must be made here
-    whole = all(linear.plain for linear in arch.decoder_linears(model.config, {n: model.shape(n) for n in model.names}))
-    written = every if whole else linears
+    methods = {source: _method(planned[place.tensor.name]) for source, place in linears.items()}
     work = WorkFolder(_begin(folder, identity), identity)
     check_room(folder, sum(planned[name].nbytes for name in {place.tensor.name for place in written.values()}))
     cores = threads or os.cpu_count() or 1
@@ -154,29 +148,34 @@ def quantize_blockwise(
             _write(linears[name].file(folder), arrays[DATA] if order is None else arrays[DATA][order])
 
         def put_plain(name: str, values: npt.NDArray[np.float32]) -> None:
-            tensor = every[name].tensor
+            tensor = written[name].tensor
 
             def read(_: str, rows: Any = None) -> npt.NDArray[np.float32]:
                 return values if rows is None else values[rows]
 
             lines = tensor.read(read, 0, prod(tensor.shape[:-1]))
             stored = method("convert").quantize(np.ascontiguousarray(lines), codec(planned[tensor.name].codec))
-            _write(every[name].file(folder), stored)
+            _write(written[name].file(folder), stored)
 
         def done(blocks: int) -> None:
             if blocks < len(inside):
                 work.save_if_due(blocks, stream.hidden, {})
 
-        rough = rough_products(device)
+        rough = rough_products("cpu")
         rescaling = None
-        if written is every:
+        if written is not linears:
             kinds = {source: packing.type for source, packing in packings.items()}
             rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
         run = BlockwiseRun(
-            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, device, rough)
+            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough)
         )  # fmt: skip
         run.run(first, done, progress)
     return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
+
+
+def _method(tensor: PlannedTensor) -> str:
+    """A matrix that comes from a block is converted, even to the type that it was stored in."""
+    return "convert" if tensor.method == "copy" else tensor.method
 
 
 def unfinished(folder: Path) -> str | None:

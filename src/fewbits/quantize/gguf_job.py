@@ -6,12 +6,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.calibration.imatrix_files import read_statistics
 from fewbits.calibration.statistics import Statistics
-from fewbits.checkpoint import open_checkpoint, open_model
+from fewbits.checkpoint import Model, open_checkpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
 from fewbits.formats.gguf.source import GGUFSource, ReadBytes, gguf_source
@@ -154,17 +155,22 @@ class GGUFJob:
         """Whether text runs through the model while it is quantized."""
         return self.effort != "fast" and not self.factors and bool(split_sources(self.calibration)[1])
 
+    @cached_property
+    def _opened(self) -> Model:
+        return open_model(self.model)
+
+    @cached_property
     def _text(self) -> CalibrationText:
         from fewbits.calibration.texts import read_texts  # imports torch, which most runs do without
 
-        return read_texts(self.calibration, open_model(self.model).tokenizer(), CONTEXT, self.chunks or CHUNKS)
+        return read_texts(self.calibration, self._opened.tokenizer(), CONTEXT, self.chunks or CHUNKS)
 
     def _identity(self, plan: Plan) -> str:
-        return run_identity(plan, open_model(self.model), self._text(), "cpu", self.effort)
+        return run_identity(plan, self._opened, self._text, "cpu", self.effort)
 
     def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
-        run = (plan, open_model(self.model), self._text(), scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, progress=self.progress)
+        run = (plan, self._opened, self._text, scratch, self._identity(plan))
+        return quantize_blockwise(*run, self.threads, self.progress)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
@@ -192,7 +198,7 @@ class GGUFJob:
         if self.factors:
             plan = with_feedback(plan, self.factors, statistics.texts_sha256)
         elif self.feeds_back:
-            plan = planned_blockwise(plan, open_model(self.model))
+            plan = planned_blockwise(plan, self._opened)
         if not statistics.tensors:
             return told, plan, {}
         found, notes = importances_of(plan, statistics, file)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from fewbits.calibration.collect import ENERGY_CAP
 from fewbits.forward.streamed import Stream, StreamedModel, activations
 from fewbits.layouts.base import Arrays
 from fewbits.methods.base import Effort
@@ -29,8 +30,6 @@ HELD_OUT = 8
 """One of so many batches of windows is held out, ..."""
 FEWEST = HELD_OUT // 2 + 1
 """... the first of them the fifth: with fewer batches than this, nothing is tuned."""
-ENERGY_CAP = 8.0
-"""Most that a token's output counts, in medians of the batch: see `blockwise.ENERGY_CAP`."""
 Self = TypeVar("Self", bound="Tunable")
 
 
