@@ -1,28 +1,59 @@
-"""KL divergence of our files beside llama-quantize's, all measured in llama.cpp itself.
+"""What GGUF files lose, ours beside llama-quantize's, level by level and at the same bytes, all measured in llama.cpp.
 
-    python benchmarks/quality.py MODEL --bin DIR --text wiki.test.raw [--calibration wiki.valid.raw] [--levels Q4_K_M]
+    python benchmarks/quality.py MODEL --bin DIR --work DIR --text wiki.test.raw --text code.txt \
+        --calibration wiki.valid.raw --calibration c4.txt --levels Q4_0 Q4_K_M
 
-`--bin` is the folder with llama.cpp's tools. The reference is the model directory in float32; all files are made from
-it (llama-quantize's from our unquantized conversion, so that only the quantizer differs). With `--calibration` each
-side makes its own importance matrix of the same windows: ours by `fewbits calibrate`, the peer's by llama-imatrix; and
-ours is also made with the Hessians of these windows ("feedback"). With `--budget` ours are made once more as
-`gguf` with the size of the peer's file as budget.
+`--bin` is the folder with llama-quantize. The reference is the model in float32; all files are made from it
+(llama-quantize's from our unquantized conversion, so that only the quantizer differs). One importance matrix of the
+calibration texts serves both sides; what each side makes of it, and we of the texts, are the rows: see `MAKERS`. Of a
+text that is named both ways the second half is kept out of the calibration, and measures. Rows that are in `--work`
+already are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import subprocess
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fewbits
-from fewbits.measure.metrics import Comparison
+from fewbits.methods.base import Effort
 from fewbits.quantize.budget import Budget
 
-LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+LEVELS = ("Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who makes a file, and how.
+
+    Attributes:
+        effort: ours; None for llama-quantize.
+        imatrix: whether inputs are weighed.
+        budget: whether types are chosen freely, for a file no larger than the level's.
+    """
+
+    effort: Effort | None = None
+    imatrix: bool = True
+    budget: bool = False
+
+
+MAKERS = {
+    "llama.cpp": Maker(imatrix=False),
+    "llama.cpp, imatrix": Maker(),
+    "no text": Maker("fast", imatrix=False),
+    "fast": Maker("fast"),
+    "default": Maker("default"),
+    "thorough": Maker("thorough"),
+    "size, fast": Maker("fast", budget=True),
+    "size, default": Maker("default", budget=True),
+    "size, thorough": Maker("thorough", budget=True),
+}
 
 
 def run(*command: str | Path | int) -> None:
@@ -31,85 +62,139 @@ def run(*command: str | Path | int) -> None:
         raise SystemExit(f"{command[0]}: {done.stderr[-2000:]}")
 
 
-def compared(path: Path, options: argparse.Namespace) -> Comparison:
-    report = fewbits.measure(
-        path,
-        options.text,
-        reference=options.model,
-        chunks=options.chunks,
-        engine="llama.cpp",
-        threads=options.threads,
+def used() -> float:
+    """Seconds of processor time, of this process and those it waited for."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     )
-    assert report.comparison is not None
-    return report.comparison
 
 
-def calibrated(folder: Path, options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[str | Path]]:
-    """What each of our files is made with, and the peer's arguments."""
-    mine, theirs, hessians, half = (folder / n for n in ("ours.dat.gguf", "peer.gguf", "hessians", "half.gguf"))
-    text, chunks, threads = options.calibration, options.calibration_chunks, options.threads
-    fewbits.calibrate(
-        *(options.model, text, mine),
-        chunks=chunks,
-        hessians=hessians,
-        output_tensor=True,
-        sensitivity=options.budget,
-        threads=threads,
-    )
-    fewbits.quantize(options.model, "F16", half)
-    tool = options.bin / "llama-imatrix"
-    run(tool, "-m", half, "-f", text, "-c", 512, "--chunks", chunks, "--no-ppl", "-o", theirs, "-t", threads)
-    half.unlink()
-    ours: dict[str, dict[str, Any]] = {"fewbits": {"calibration": [mine]}}
-    ours["fewbits, feedback"] = {"calibration": [mine], "hessians": hessians}
-    return ours, ["--imatrix", theirs]
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share."""
+
+    options: argparse.Namespace
+    texts: list[Path]
+    calibration: list[Path]
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> Bench:
+        """Split the texts that both calibrate and measure."""
+        texts, calibration = list(options.text), list(options.calibration)
+        for path in {*texts} & {*calibration}:
+            whole = path.read_text(encoding="utf-8")
+            seen, kept = (options.work / f"{path.stem}.{part}.txt" for part in ("calibration", "held-out"))
+            seen.write_text(whole[: len(whole) // 2], encoding="utf-8")
+            kept.write_text(whole[len(whole) // 2 :], encoding="utf-8")
+            texts[texts.index(path)], calibration[calibration.index(path)] = kept, seen
+        return Bench(options, texts, calibration)
+
+    @property
+    def statistics(self) -> Path:
+        """The importance matrix, made once."""
+        path: Path = self.options.work / "statistics.gguf"
+        if not path.exists():
+            fewbits.calibrate(
+                *(self.options.model, self.calibration, path),
+                chunks=self.options.calibration_chunks,
+                output_tensor=True,
+                sensitivity=True,
+                threads=self.options.threads,
+            )
+        return path
+
+    @property
+    def source(self) -> Path:
+        """The model as llama-quantize wants it."""
+        path: Path = self.options.work / "source.gguf"
+        if not path.exists():
+            fewbits.quantize(self.options.model, "COPY", path)
+        return path
+
+    def make(self, maker: Maker, level: str, out: Path) -> None:
+        if maker.effort is None:
+            imatrix = ["--imatrix", self.statistics] if maker.imatrix else []
+            run(self.options.bin / "llama-quantize", *imatrix, self.source, out, level, self.options.threads)
+            return
+        texts = self.calibration if maker.effort != "fast" else []
+        statistics = [self.statistics] if maker.imatrix else []
+        fewbits.quantize(
+            *(self.options.model, "gguf" if maker.budget else level, out),
+            calibration=[*statistics, *texts],
+            calibration_chunks=self.options.calibration_chunks if texts else None,
+            budget=Budget(like=level) if maker.budget else None,
+            effort=maker.effort,
+            threads=self.options.threads,
+            overwrite=True,
+        )
+
+    def row(self, name: str, level: str) -> dict[str, Any]:
+        kept = self.options.work / f"{level}.{name.replace(', ', '-')}.json"
+        found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+        missing = [text for text in self.texts if text.name not in found.get("texts", {})]
+        if not missing:
+            return found
+        out = self.options.work / f"{level}.{name.replace(', ', '-')}.gguf"
+        _, started, before = self.statistics, time.monotonic(), used()
+        self.make(MAKERS[name], level, out)
+        if not found:
+            found = {"bytes": out.stat().st_size, "seconds": time.monotonic() - started, "used": used() - before}
+            found["texts"] = {}
+        for text in missing:
+            found["texts"][text.name] = self.measured(out, text)
+        out.unlink()
+        kept.write_text(json.dumps(found))
+        return found
+
+    def measured(self, path: Path, text: Path) -> dict[str, float]:
+        options = self.options
+        measuring = {"chunks": options.chunks, "engine": "llama.cpp", "threads": options.threads}
+        report = fewbits.measure(path, text, reference=options.model, **measuring)
+        assert report.comparison is not None
+        kl = report.comparison.kl.mean
+        return {
+            "kl": kl.value,
+            "spread": (kl.high - kl.low) / 2,
+            "perplexity": report.perplexity.value,
+            "top": report.comparison.same_top.value,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--bin", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--calibration-chunks", type=int, default=64)
     parser.add_argument("--levels", nargs="+", default=LEVELS)
+    parser.add_argument("--makers", nargs="+", default=[*MAKERS], choices=[*MAKERS])
     parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--budget", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        source, out = folder / "source.gguf", folder / "made.gguf"
-        fewbits.quantize(options.model, "COPY", source)
-        ours: dict[str, dict[str, Any]] = {"fewbits": {}}
-        peer_with: list[str | Path] = []
-        if options.calibration:
-            ours, peer_with = calibrated(folder, options)
-        print("| level | made by | bytes | seconds | KL divergence | ratio | same top |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for level in options.levels:
-            peer, size = None, 0
-            mixtures = {f"{maker}, budget": given for maker, given in ours.items() if options.budget}
-            for maker in ("llama-quantize", *ours, *mixtures):
-                started = time.perf_counter()
-                common: dict[str, Any] = {"threads": options.threads, "overwrite": True}
-                if maker in ours:
-                    fewbits.quantize(options.model, level, out, **common, **ours[maker])
-                elif maker in mixtures:
-                    fewbits.quantize(options.model, "gguf", out, budget=Budget(size=size), **common, **mixtures[maker])
-                else:
-                    run(options.bin / "llama-quantize", *peer_with, source, out, level, options.threads)
-                seconds = time.perf_counter() - started
-                size = size or out.stat().st_size
-                found = compared(out, options)
-                mean = found.kl.mean
-                peer = peer or mean.value
-                print(
-                    f"| {level} | {maker} | {out.stat().st_size} | {seconds:.1f} "
-                    f"| {mean.value:.5f} ± {mean.high - mean.value:.5f} | {mean.value / peer:.3f} "
-                    f"| {found.same_top.value:.2%} |",
-                    flush=True,
-                )
+    options.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench.of(options)
+    names = [text.name for text in bench.texts]
+    print("| level | made by | bytes | seconds | of processor time | perplexity | " + " | ".join(names) + " |")
+    print("|---|---|---|---|---|---|" + "---|" * len(names), flush=True)
+    for level in options.levels:
+        peer: dict[str, float] = {}
+        for maker in options.makers:
+            row = bench.row(maker, level)
+            found = [row["texts"][name] for name in names]
+            if maker == "llama.cpp, imatrix":
+                peer = {name: one["kl"] for name, one in zip(names, found, strict=True)}
+            cells = [
+                f"{one['kl']:.4f} ± {one['spread']:.4f}" + (f", {one['kl'] / peer[name]:.2f}x" if peer else "")
+                for name, one in zip(names, found, strict=True)
+            ]
+            print(
+                f"| {level} | {maker} | {row['bytes']} | {row['seconds']:.0f} | {row['used']:.0f} "
+                f"| {found[0]['perplexity']:.2f} | {' | '.join(cells)} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

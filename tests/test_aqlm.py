@@ -207,8 +207,8 @@ def test_tuning_helps_on_text_that_it_has_not_seen() -> None:
             return float((fresh.hidden - wanted).square().mean())
 
         before = error()
-        assert tuning(coded, "fast") is None
-        found = tuning(coded, "default")
+        assert tuning(coded, 0) is None
+        found = tuning(coded, 3)
         assert found and found.after < 0.95 * found.before
         for name, values in streamed.weights_of(0, block).items():
             if name in coded:
@@ -232,7 +232,7 @@ def test_tuning_takes_five_batches(batches: int) -> None:
         coded = AQLM.make(values.numpy(), Additive(1, 8, 16), Known(effort="fast"))
         values.copy_(torch.from_numpy(coded.decode()))
         assert len(tuning.held_out) == batches - 4
-        assert (tuning({name: coded}, "default") is not None) == (batches == 5)
+        assert (tuning({name: coded}, 3) is not None) == (batches == 5)
 
 
 @pytest.mark.parametrize("target", ["aqlm:2x8g8", "quip:2", "exl3:2"])

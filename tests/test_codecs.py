@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import ggml
 from fewbits.codecs import CODECS, codec
+from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.errors import FewbitsError
 
 FLOATS = ("F32", "F16", "BF16")
@@ -130,6 +132,22 @@ def test_importance_moves_the_error(name: str) -> None:
     weighted = weighted_error(x, codec(name).decode(codec(name).encode(x, importance)), importance)
     # where one scale is all there is to move, little is to be had
     assert weighted < {"TQ1_0": 0.98, "TQ2_0": 0.98, "Q1_0": 0.98}.get(name, 0.95) * plain
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKED if CODECS[name].step_bytes])
+def test_weights_are_linear_in_the_steps_of_their_block(name: str) -> None:
+    # large enough for steps that half precision has all its bits for
+    kind, x = Blocks(CODECS[name]), 50 * matrix("normal", 4, 512)
+    made = BlocksCoded(kind, kind.codec.encode(x, np.ones(512, np.float32)))
+    assert made.steps.shape == (4 * 512 // kind.codec.block, len(kind.codec.step_bytes))
+    np.testing.assert_array_equal(made.with_steps(made.steps).data, made.data)
+    np.testing.assert_array_equal(made.with_steps(2 * made.steps).decode(), 2 * made.decode())
+    shares = {"shares": torch.rand(made.steps.shape).half().float().requires_grad_()}
+    found = made.decode_torch(shares)
+    rounding = 2**-11 * np.abs(made.decode_torch({"shares": torch.ones(made.steps.shape)}).numpy()).max() + 1e-6
+    np.testing.assert_allclose(made.with_tensors(shares).decode(), found.detach().numpy(), atol=2 * rounding)
+    found.square().sum().backward()
+    assert shares["shares"].grad is not None and bool((shares["shares"].grad != 0).any())
 
 
 @pytest.mark.parametrize("name", BLOCKED)

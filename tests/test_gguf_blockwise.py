@@ -37,9 +37,11 @@ def logits_of(directory: Path, like: Path, text: Path) -> torch.Tensor:
         return found(torch.tensor([model.tokenizer()(text.read_text()[-900:]).input_ids])).logits[0]
 
 
-def made(directory: Path, target: str, text: Path, effort: str = "default", overwrite: bool = True) -> Path:
+def made(
+    directory: Path, target: str, text: Path, effort: str = "default", overwrite: bool = True, chunks: int = 16
+) -> Path:
     out = text.parent / f"{effort}-{target}.gguf"
-    options = {"calibration": text, "calibration_chunks": 16, "effort": effort}
+    options = {"calibration": text, "calibration_chunks": chunks, "effort": effort}
     fewbits.quantize(directory, target, out, **options, overwrite=overwrite, threads=1)
     return out
 
@@ -120,10 +122,43 @@ def _stored(file: Path, name: str) -> np.ndarray:
     return checkpoint.raw(name, 0, checkpoint.tensors[name].nbytes)
 
 
+def weights_of(file: Path) -> dict[str, bytes]:
+    return {name: _stored(file, name).tobytes() for name in GGUFCheckpoint(file).tensors}
+
+
 def test_fast_looks_at_the_text_once(tmp_path: Path, text: Path) -> None:
     directory = save_tiny(tmp_path / "model", "llama", LLAMA)
     plan = fewbits.plan(directory, "Q4_0", calibration=text, calibration_chunks=16, effort="fast")
     assert {tensor.method for tensor in plan.tensors} & {"gptq"} == set()
+
+
+def test_statistics_beside_a_text_spare_its_first_run(tmp_path: Path, text: Path) -> None:
+    directory, other = save_tiny(tmp_path / "model", "llama", LLAMA), tmp_path / "other.txt"
+    one = made(directory, "Q4_0", text)
+    other.write_text(text.read_text()[::-1])
+    known, out = one.with_suffix(".imatrix.gguf"), tmp_path / "x.gguf"
+    fewbits.quantize(directory, "Q4_0", out, calibration=[known, text], calibration_chunks=16, threads=1)
+    assert weights_of(out) == weights_of(one)
+    assert not out.with_suffix(".imatrix.gguf").exists()
+    fewbits.quantize(
+        directory, "Q4_0", out, calibration=[known, other], calibration_chunks=16, threads=1, overwrite=True
+    )
+    assert weights_of(out) != weights_of(one)
+    for used in (text, other):
+        with pytest.raises(FewbitsError, match="was calibrated on"):
+            fewbits.measure(out, used, chunks=1, context=64)
+
+
+def test_a_head_of_its_own_is_fed_back_too(tmp_path: Path, text: Path) -> None:
+    found = {}
+    for tied in (False, True):
+        directory = save_tiny(tmp_path / f"model{tied}", "llama", LLAMA | {"tie_word_embeddings": tied})
+        for effort in ("fast", "default"):
+            out = made(directory, "Q4_0", text, effort)
+            head = "token_embd.weight" if tied else "output.weight"
+            found[tied, effort] = _stored(out, head)
+    assert (found[True, "fast"] == found[True, "default"]).all()
+    assert (found[False, "fast"] != found[False, "default"]).any()
 
 
 def test_experts_in_one_tensor_are_left_to_the_search(tmp_path: Path, text: Path) -> None:
@@ -138,14 +173,15 @@ def _views(directory: Path) -> list[gguf_blockwise.GGUFTensor]:
     return gguf_tensors(model.config, {name: model.shape(name) for name in model.names})
 
 
-def test_loses_less_than_the_search(tmp_path: Path) -> None:
+def test_loses_less_with_more_effort(tmp_path: Path) -> None:
     demo = Path(fewbits.__file__).parent / "demo"
     words = (demo / "held_out.txt").read_text()
     seen, unseen = tmp_path / "seen.txt", tmp_path / "unseen.txt"
     seen.write_text(words[: len(words) // 2])
     unseen.write_text(words[len(words) // 2 :])
     lost = {}
-    for effort in ("fast", "default"):
-        out = made(demo / "model", "Q3_K", seen, effort)
+    for effort in ("fast", "default", "thorough"):
+        out = made(demo / "model", "Q3_K", seen, effort, chunks=24)
         lost[effort] = fewbits.measure(out, text=unseen, reference=demo / "model", chunks=6).comparison.kl.mean.value
     assert lost["default"] < 0.9 * lost["fast"]
+    assert lost["thorough"] < 0.97 * lost["default"]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fewbits
 from fewbits.calibration import read_statistics, write_statistics
+from fewbits.calibration.collect import Inputs
 from fewbits.calibration.hessians import open_block
 from fewbits.calibration.run import calibrate
 from fewbits.checkpoint import GGUFCheckpoint
@@ -16,6 +18,8 @@ from fewbits.codecs import CODECS, codec
 from fewbits.codecs.fixed_scales import fixed_scales
 from fewbits.errors import FewbitsError
 from fewbits.methods import GPTQ, Search, factorize
+from fewbits.methods.base import DAMPING
+from fewbits.methods.gptq import DAMPINGS, choose_damping
 from tiny_models import save_tiny
 
 SINGLE = [name for name, kind in CODECS.items() if kind.code_bytes is not None]
@@ -79,6 +83,34 @@ def test_a_hessian_that_is_none_is_refused(bad: float) -> None:
     hessian[3, 3] = bad
     with pytest.raises(FewbitsError, match="finite and positive"):
         factorize(hessian)
+
+
+@pytest.mark.parametrize("tokens", [80, 20000])
+def test_damping_is_what_does_best_on_other_text(tokens: int) -> None:
+    """Of few tokens a Hessian knows little: it takes more."""
+    random = np.random.default_rng(5)
+    every = (random.normal(size=(tokens + 4000, 64)) @ random.normal(size=(64, 64))).astype(np.float32)
+    rows = weights()[:, :64]
+    seen, held = every[:tokens].T @ every[:tokens] / tokens, every[tokens:].T @ every[tokens:] / 4000
+
+    def loss(damping: float) -> float:
+        made = codec("Q4_0").decode(GPTQ.quantize(rows, codec("Q4_0"), seen.diagonal(), factorize(seen, damping)))
+        return float(np.einsum("oi,ij,oj", made - rows, held, made - rows, optimize=True))
+
+    found = choose_damping(seen, held)
+    assert (found > DAMPING) == (tokens == 80)
+    assert loss(found) <= 1.1 * min(loss(damping) for damping in DAMPINGS)
+
+
+def test_a_part_of_the_batches_is_counted_apart() -> None:
+    x = torch.from_numpy(correlated(8, 90))
+    inputs = Inputs.empty(("a",), 1, x, True, holds_out=True)
+    for batch in x.split(10):
+        inputs.add(batch)
+    torch.testing.assert_close(inputs.hessians[0], x.T @ x)
+    apart = torch.cat([x[30:40], x[70:80]])
+    torch.testing.assert_close(inputs.held[0], apart.T @ apart)
+    assert inputs.counts == [90] and inputs.held_counts == [20]
 
 
 def test_dead_columns_do_no_harm() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ def test_a_file_of_a_presets_size_loses_less(
     preset: str, texts: tuple[Path, Path], statistics: Path, tmp_path: Path
 ) -> None:
     usual = fewbits.quantize(MODEL, preset, tmp_path / "usual.gguf", calibration=statistics)
-    budget = Budget(size=usual.size)
+    budget = Budget(like=preset)
     plan = fewbits.plan(MODEL, "gguf", output=tmp_path / "ours.gguf", calibration=statistics, budget=budget)
     ours = fewbits.quantize(MODEL, "gguf", tmp_path / "ours.gguf", calibration=statistics, budget=budget)
     assert plan.file_size == ours.size == (tmp_path / "ours.gguf").stat().st_size <= usual.size
@@ -60,13 +63,36 @@ def test_texts_are_run_and_what_they_give_is_kept(texts: tuple[Path, Path], tmp_
     made = fewbits.quantize(MODEL, "gguf", tmp_path / "a.gguf", **options)
     assert made.bits_per_weight <= 4.0
     kept = tmp_path / "a.imatrix.gguf"
-    again = {**options, "calibration": kept, "calibration_chunks": None}
-    fewbits.quantize(MODEL, "gguf", tmp_path / "b.gguf", **again)
+    fewbits.quantize(MODEL, "gguf", tmp_path / "b.gguf", **{**options, "calibration": [kept, texts[0]]})
     types = [
         {name: info.dtype for name, info in GGUFCheckpoint(tmp_path / file).tensors.items()}
         for file in ("a.gguf", "b.gguf")
     ]
     assert types[0] == types[1]
+
+
+def test_feedback_to_come_moves_bits_to_what_has_none(
+    texts: tuple[Path, Path], statistics: Path, tmp_path: Path
+) -> None:
+    """Embedding and head are searched only: what the linears are spared goes to them."""
+    shares = {}
+    for effort, sources in (("fast", [statistics]), ("default", [statistics, texts[0]])):
+        budget = Budget(like="Q3_K_M")
+        plan = fewbits.plan(MODEL, "gguf", calibration=sources, calibration_chunks=4, budget=budget, effort=effort)
+        linears = [tensor for tensor in plan.tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+        shares[effort] = sum(tensor.nbytes for tensor in linears) / plan.file_size
+    assert shares["default"] < shares["fast"]
+
+
+def test_a_types_size_is_no_size_of_directories(tmp_path: Path) -> None:
+    with pytest.raises(FewbitsError, match="Name bytes"):
+        fewbits.plan(MODEL, "hqq:g64", budget=Budget(like="Q4_K_M"))
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbits", "plan", str(MODEL), "gguf", "--size", "q4_k_m", "--json"],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["files"][0]["size"] <= fewbits.plan(MODEL, "Q4_K_M").file_size
 
 
 def test_what_the_user_chose_stays(statistics: Path) -> None:

@@ -22,6 +22,10 @@ from fewbits.forward.streamed import StreamedModel
 ENERGY_CAP = 8.0
 """Tokens count with at most so many times the median's energy where weights are chosen by them: without, a few tokens
 with massive activations (the first of each window: specs, low-bit.md section 9) own a Hessian."""
+HELD_OUT = 4
+"""Of so many batches of windows one says what the others are worth, ..."""
+HELD_COLUMNS = 8192
+"""... of inputs with so many columns at most: it takes another Hessian's memory."""
 ROWS = 128
 """Squares are summed in float32 over so many tokens, then in float64: fast, and exact to a few parts in 10 million."""
 
@@ -38,6 +42,9 @@ class Inputs:
         peaks: the largest absolute input of each expert.
         rough: see `BlockRecorder`.
         energy_cap: most squared norm of a token within X^T X, in medians of its batch; None for no limit.
+        holds_out: whether a part of the batches is also counted apart.
+        held: their part of the Hessians, None where there is none, ...
+        held_counts: ... and their tokens.
     """
 
     names: list[str]
@@ -48,6 +55,10 @@ class Inputs:
     peaks: list[float] = field(default_factory=list)
     energy_cap: float | None = None
     rough: bool = False
+    holds_out: bool = False
+    held: list[torch.Tensor | None] = field(default_factory=list)
+    held_counts: list[int] = field(default_factory=list)
+    _batches: list[int] = field(default_factory=list)
 
     @staticmethod
     def empty(
@@ -57,9 +68,23 @@ class Inputs:
         hessians: bool,
         energy_cap: float | None = None,
         rough: bool = False,
+        holds_out: bool = False,
     ) -> Inputs:
         sums = torch.zeros((experts, like.shape[-1]), dtype=torch.float64, device=like.device)
-        return Inputs(list(names), sums, [0] * experts, [None] * experts, hessians, [0.0] * experts, energy_cap, rough)
+        return Inputs(
+            list(names),
+            sums,
+            counts=[0] * experts,
+            hessians=[None] * experts,
+            wants_hessians=hessians,
+            peaks=[0.0] * experts,
+            energy_cap=energy_cap,
+            rough=rough,
+            holds_out=holds_out and like.shape[-1] <= HELD_COLUMNS,
+            held=[None] * experts,
+            held_counts=[0] * experts,
+            _batches=[0] * experts,
+        )
 
     def add(self, x: torch.Tensor, expert: int = 0) -> None:
         """Count inputs [tokens, columns]."""
@@ -72,17 +97,25 @@ class Inputs:
             for rows in x.float().split(ROWS):
                 self.sums[expert] += rows.square().sum(0)
         if self.wants_hessians:
-            hessian = self.hessians[expert]
-            if hessian is None:
-                hessian = self.hessians[expert] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
             if self.energy_cap is not None:
                 norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
                 limit = (self.energy_cap**0.5 * norms.median()).clamp(min=1e-30)
                 x = x * (limit / norms.clamp(min=limit)).to(x.dtype)[:, None]
-            if self.rough:
-                _add_rough(hessian, x.bfloat16())
-            else:
-                hessian.addmm_(x.T, x)
+            self._add_product(self.hessians, x, expert)
+            if self.holds_out:
+                self._batches[expert] += 1
+                if self._batches[expert] % HELD_OUT == 0:
+                    self._add_product(self.held, x, expert)
+                    self.held_counts[expert] += len(x)
+
+    def _add_product(self, hessians: list[torch.Tensor | None], x: torch.Tensor, expert: int) -> None:
+        hessian = hessians[expert]
+        if hessian is None:
+            hessian = hessians[expert] = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
+        if self.rough:
+            _add_rough(hessian, x.bfloat16())
+        else:
+            hessian.addmm_(x.T, x)
 
     def of_expert(self, expert: int) -> list[str]:
         """Stored names of an expert's weights, where `names` are those of the first one."""
@@ -140,12 +173,14 @@ class BlockRecorder:
         energy_cap: see `Inputs`.
         rough: sum Hessians in bfloat16 products, which is twice as fast where the processor has them.
         pause: called with the names of the weights whose input has just been recorded, before it is used.
+        holds_out: see `Inputs`.
     """
 
     hessians: bool = False
     energy_cap: float | None = None
     rough: bool = False
     pause: Callable[[tuple[str, ...]], None] | None = None
+    holds_out: bool = False
     _records: dict[tuple[str, ...], Inputs] = field(default_factory=dict)
     _sharing: set[tuple[str, ...]] = field(default_factory=set)
     _last: tuple[torch.Tensor, Inputs] | None = None
@@ -207,7 +242,7 @@ class BlockRecorder:
         return listen
 
     def _empty(self, names: tuple[str, ...], experts: int, like: torch.Tensor) -> Inputs:
-        return Inputs.empty(names, experts, like, self.hessians, self.energy_cap, self.rough)
+        return Inputs.empty(names, experts, like, self.hessians, self.energy_cap, self.rough, self.holds_out)
 
     def _attach_experts(self, module: Any, gate_up: tuple[str, ...], down: tuple[str, ...]) -> None:
         """Let a module with all experts in one tensor compute them one by one, recording what each gets."""

@@ -10,6 +10,7 @@ import typer
 from fewbits.cli.output import parse_size
 from fewbits.errors import FewbitsError
 from fewbits.plan import MixtureOptions
+from fewbits.plan.presets import ALIASES, PRESETS
 from fewbits.quantize.budget import Budget
 
 MODEL_HELP = "A model directory, a GGUF file, or a hub id."
@@ -71,7 +72,11 @@ Hessians = Annotated[
 ]
 
 Size = Annotated[
-    str | None, typer.Option("--size", help="For gguf, gptq:g64, ct:a16g128, hqq:g64, ...: most bytes, e.g. 6.5GB.")
+    str | None,
+    typer.Option(
+        "--size",
+        help="For gguf, gptq:g64, ct:a16g128, hqq:g64, ...: most bytes, e.g. 6.5GB; for gguf also those of Q4_K_M.",
+    ),
 ]
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bpw", min=0.1, max=32, help="Likewise: most bits per weight; gguf counts embeddings.")
@@ -127,7 +132,10 @@ def budget_of(
             raise FewbitsError("--types, --context and --kv without a budget.", "Pass --size, --bpw or --fit, too.")
         return None
     names = tuple(name.strip() for name in types.split(",") if name.strip()) if types else ()
-    return Budget(parse_size(size) if size else None, bpw, parse_size(fit) if fit else None, context, kv, names)
+    level = size.strip().upper() if size else ""
+    like = level if level in (*PRESETS, *ALIASES) else None
+    most = parse_size(size) if size and not like else None
+    return Budget(most, bpw, parse_size(fit) if fit else None, context, kv, names, like=like)
 
 
 def mixture_options(

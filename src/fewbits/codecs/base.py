@@ -33,6 +33,8 @@ class Codec(ABC):
     """Whether `encode` makes use of importances."""
     code_bytes: ClassVar[slice | None] = None
     """Where in a block the codes stand, if each weight has one in bits of its own; scales stand elsewhere."""
+    step_bytes: ClassVar[tuple[int, ...]] = ()
+    """Where in a block half-precision numbers stand in which all its weights are linear: `d`, and `dmin` or `m`."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.codecs.storage import Coded, StorageType
+
+if TYPE_CHECKING:
+    import torch
+
+F16_MAX = 65504
 
 
 @dataclass(frozen=True)
@@ -40,3 +50,51 @@ class BlocksCoded(Coded):
 
     def decode(self) -> Floats:
         return self.type.codec.decode(self.data)
+
+    @property
+    def steps(self) -> Floats:
+        """float32 [blocks, numbers]: what the weights of each block are linear in, see `Codec.step_bytes`."""
+        blocks = self.data.reshape(-1, self.type.codec.block_bytes)
+        parts = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16) for at in self.type.codec.step_bytes]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def with_steps(self, steps: Floats) -> BlocksCoded:
+        """The same codes with other steps, float32 [blocks, numbers], rounded to half precision."""
+        data = np.array(self.data, order="C")
+        blocks = data.reshape(-1, self.type.codec.block_bytes)
+        halves = np.clip(steps, -F16_MAX, F16_MAX).astype(np.float16)
+        for number, at in enumerate(self.type.codec.step_bytes):
+            blocks[:, at : at + 2] = np.ascontiguousarray(halves[:, number : number + 1]).view(np.uint8)
+        return replace(self, data=data)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What gradients can change: `shares` of the steps, float32 [blocks, numbers]. Shares rather than the steps
+        themselves, which differ by orders of magnitude."""
+        import torch  # takes a second
+
+        return {"shares": torch.ones(self.steps.shape)} if self.type.codec.step_bytes else {}
+
+    def decode_torch(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`decode` with such shares, float32 [rows, columns], which gradients reach."""
+        import torch
+
+        if not tensors:
+            return torch.from_numpy(self.decode())
+        shares = tensors["shares"]
+        weights: torch.Tensor = (shares[:, None] @ self._parts.to(shares.device)).view(len(self.data), -1)
+        return weights
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> BlocksCoded:
+        return self.with_steps(self.steps * tensors["shares"].detach().cpu().numpy()) if tensors else self
+
+    @cached_property
+    def _parts(self) -> torch.Tensor:
+        """float32 [blocks, numbers, weights]: what each step adds to the weights of its block."""
+        import torch
+
+        steps, parts = self.steps, []
+        for number in range(steps.shape[1]):
+            alone = np.zeros_like(steps)
+            alone[:, number] = steps[:, number]
+            parts.append(self.with_steps(alone).decode().reshape(len(steps), -1))
+        return torch.from_numpy(np.stack(parts, axis=1))

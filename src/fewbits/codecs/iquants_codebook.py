@@ -249,6 +249,7 @@ class IQ2_XXS(_Codebook):
 
     name = "IQ2_XXS"
     block_bytes = 66
+    step_bytes = (0,)
     blocks, groups, signs, unit = 8, 4, EIGHTS, 0.125
     starts = (0.87, 1.0, 1.15)
     pack, decoder = staticmethod(_pack_iq2_xxs), staticmethod(_decode_iq2_xxs)
@@ -259,6 +260,7 @@ class IQ2_XS(_Codebook):
 
     name = "IQ2_XS"
     block_bytes = 74
+    step_bytes = (0,)
     blocks, groups, signs, unit = 16, 2, EIGHTS, 0.125
     starts = (0.8, 0.9, 1.0, 1.1, 1.25)
     pack, decoder = staticmethod(_pack_iq2_xs), staticmethod(_decode_iq2_xs)
@@ -269,6 +271,7 @@ class IQ2_S(_Codebook):
 
     name = "IQ2_S"
     block_bytes = 82
+    step_bytes = (0,)
     blocks, groups, signs, unit = 16, 2, FREE, 0.125
     starts = (0.9, 1.1)
     pack, decoder = staticmethod(_pack_iq2_s), staticmethod(_decode_iq2_s)
@@ -279,6 +282,7 @@ class IQ3_XXS(_Codebook):
 
     name = "IQ3_XXS"
     block_bytes = 98
+    step_bytes = (0,)
     blocks, groups, signs, unit = 8, 8, PAIRS, 0.25
     middle = 26.0
     starts = (0.75, 0.9, 1.06, 1.25)
@@ -290,6 +294,7 @@ class IQ3_S(_Codebook):
 
     name = "IQ3_S"
     block_bytes = 110
+    step_bytes = (0,)
     blocks, groups, signs, unit = 8, 8, FREE, 1.0
     middle = 6.0
     starts = (0.87, 1.0, 1.15)

@@ -152,6 +152,7 @@ class IQ1_S(_TernaryGrid):
 
     name = "IQ1_S"
     block_bytes = 50
+    step_bytes = (0,)
     blocks, groups, span = 8, 4, 4
     starts = (1.1, 1.5, 2.0)
     pack, decoder = staticmethod(_pack_iq1_s), staticmethod(_decode_iq1_s)

@@ -157,6 +157,7 @@ class Q2_K(_SuperBlocks):
     name = "Q2_K"
     code_bytes = slice(16, 80)
     block_bytes = 84
+    step_bytes = (80, 82)
     elements, levels, most = 16, 4, 15
     pack = staticmethod(_pack_q2_k)
     decoder = staticmethod(_decode_q2_k)
@@ -168,6 +169,7 @@ class Q4_K(_SuperBlocks):
     name = "Q4_K"
     code_bytes = slice(16, 144)
     block_bytes = 144
+    step_bytes = (0, 2)
     elements, levels, most = 32, 16, 63
     pack = staticmethod(_pack_q4_k)
     decoder = staticmethod(_decode_q4_k)
@@ -179,6 +181,7 @@ class Q5_K(_SuperBlocks):
     name = "Q5_K"
     code_bytes = slice(16, 176)
     block_bytes = 176
+    step_bytes = (0, 2)
     elements, levels, most = 32, 32, 63
     pack = staticmethod(_pack_q5_k)
     decoder = staticmethod(_decode_q5_k)

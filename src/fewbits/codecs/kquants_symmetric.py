@@ -121,6 +121,7 @@ class Q3_K(_SuperBlocks):
     name = "Q3_K"
     code_bytes = slice(0, 96)
     block_bytes = 110
+    step_bytes = (108,)
     half_levels, most, refinements, reaches = 4, 32, 1, (2, 1)
     pack = staticmethod(_pack_q3_k)
     decoder = staticmethod(_decode_q3_k)
@@ -132,6 +133,7 @@ class Q6_K(_SuperBlocks):
     name = "Q6_K"
     code_bytes = slice(0, 192)
     block_bytes = 210
+    step_bytes = (208,)
     half_levels, most, refinements, reaches = 32, 128, 0, (12, 1)
     pack = staticmethod(_pack_q6_k)
     decoder = staticmethod(_decode_q6_k)

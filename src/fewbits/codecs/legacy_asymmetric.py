@@ -92,6 +92,7 @@ class Q4_1(_Asymmetric):
     name = "Q4_1"
     code_bytes = slice(4, 20)
     block_bytes = 20
+    step_bytes = (0, 2)
     levels = 16
     pack = staticmethod(_pack_q4_1)
     decoder = staticmethod(_decode_q4_1)
@@ -103,6 +104,7 @@ class Q5_1(_Asymmetric):
     name = "Q5_1"
     code_bytes = slice(4, 24)
     block_bytes = 24
+    step_bytes = (0, 2)
     levels = 32
     pack = staticmethod(_pack_q5_1)
     decoder = staticmethod(_decode_q5_1)

@@ -122,6 +122,7 @@ class Q4_0(_Blocks):
     name = "Q4_0"
     code_bytes = slice(2, 18)
     block_bytes = 18
+    step_bytes = (0,)
     half_levels = 8
     pack = staticmethod(_pack_q4_0)
     decoder = staticmethod(_decode_q4_0)
@@ -133,6 +134,7 @@ class Q5_0(_Blocks):
     name = "Q5_0"
     code_bytes = slice(2, 22)
     block_bytes = 22
+    step_bytes = (0,)
     half_levels = 16
     pack = staticmethod(_pack_q5_0)
     decoder = staticmethod(_decode_q5_0)
@@ -144,6 +146,7 @@ class Q8_0(Blocked):
     name = "Q8_0"
     block = 32
     block_bytes = 34
+    step_bytes = (0,)
     decoder = staticmethod(_decode_q8_0)
 
     @classmethod

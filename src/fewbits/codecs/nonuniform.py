@@ -145,6 +145,7 @@ class IQ4_NL(Blocked):
     name = "IQ4_NL"
     code_bytes = slice(2, 18)
     block, block_bytes, weighted = 32, 18, True
+    step_bytes = (0,)
     decoder = staticmethod(_decode_iq4_nl)
     levels: ClassVar[Levels] = with_middles(IQ4)
 
@@ -166,6 +167,7 @@ class IQ4_XS(Blocked):
     name = "IQ4_XS"
     code_bytes = slice(8, 136)
     block, block_bytes, weighted = 256, 136, True
+    step_bytes = (0,)
     decoder = staticmethod(_decode_iq4_xs)
     levels: ClassVar[Levels] = with_middles(IQ4)
     reaches: ClassVar[tuple[int, ...]] = (1, 1)

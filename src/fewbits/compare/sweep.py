@@ -51,12 +51,7 @@ class Sweep:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.statistics: list[Path] = []
-        self.texts: list[Path] = []
-        for path in self.calibration:
-            statistics, texts = split_sources([path])
-            self.statistics += statistics
-            self.texts += texts
+        self.statistics, self.texts = split_sources(self.calibration)
         if len(set(self.targets)) != len(self.targets):
             raise FewbitsError("The sweep names a target twice.", "Leave one out.")
 

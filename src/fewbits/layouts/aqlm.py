@@ -35,6 +35,8 @@ class AQLM(Layout):
     quant_method: ClassVar[str] = "aqlm"
     markers: ClassVar[tuple[str, ...]] = (".codes",)
     float_dtype: ClassVar[str] = "F16"
+    epochs: ClassVar[Mapping[str, int]] = {"fast": 0, "default": 3, "thorough": 10}
+    """Of tuning, by effort: see `quantize.tuning`."""
     methods: ClassVar[tuple[str, ...]] = ("aqlm",)
 
     type: Additive

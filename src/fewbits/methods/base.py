@@ -18,6 +18,8 @@ from fewbits.errors import FewbitsError
 
 ROWS = 256
 """Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
+DAMPING = 0.01
+"""Added to a Hessian's diagonal, times its mean: what 16 thousand tokens say of directions is not the whole truth."""
 Effort = Literal["fast", "default", "thorough"]
 
 
@@ -60,6 +62,7 @@ class Known:
         hessian: float32 [columns, columns], the mean of x x^T.
         peak: largest absolute input.
         amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
+        damping: what does best on text held out, as a share of the mean of the Hessian's diagonal.
         device: where searches run that can run on a GPU.
         effort: how much time to take, for methods that gain by it.
     """
@@ -69,6 +72,7 @@ class Known:
     hessian: npt.NDArray[np.float32] | None = None
     peak: float | None = None
     amax: float | None = None
+    damping: float | None = None
     device: str = "cpu"
     effort: Effort = "default"
 

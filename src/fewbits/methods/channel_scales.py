@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,24 @@ def settled(scales: torch.Tensor) -> torch.Tensor:
     """The same scales with the smallest and the largest equally far from one, and not too far."""
     scales = scales / (scales.max() * scales.min()).sqrt()
     return scales.clamp(WIDEST**-0.5, WIDEST**0.5)
+
+
+def evened(weights: Sequence[torch.Tensor], channel: torch.Tensor) -> torch.Tensor:
+    """The scales that make a place's columns equally large, for types that share vectors among all columns.
+
+    Of what the search of AQLM's codes leaves on text not seen, this leaves 0.92 to 0.93 (smollm2-768, three weights of
+    the eleventh block); scales that look at the inputs leave more.
+
+    Args:
+        weights: float32 [rows, columns] of each reader.
+        channel: int64 [columns], which channel each column reads.
+
+    Returns:
+        float32 [channels].
+    """
+    squares = torch.stack([weight.square().mean(0) / weight.square().mean().clamp(min=1e-30) for weight in weights])
+    size = by_channel(squares.mean(0), channel).mean(1).sqrt()
+    return settled(1 / torch.where(size > 0, size, 1))
 
 
 def sample_rows(weight: torch.Tensor, readers: int) -> torch.Tensor:

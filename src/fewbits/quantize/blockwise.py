@@ -26,10 +26,11 @@ from fewbits.forward.streamed import Progress, Stream, StreamedModel
 from fewbits.layouts import Layout
 from fewbits.methods import Known, factorize
 from fewbits.methods import method as method_named
-from fewbits.methods.base import Effort
+from fewbits.methods.base import DAMPING, Effort
+from fewbits.methods.gptq import choose_damping
 from fewbits.quantize.matrices import Arrays, quantize_matrix
 from fewbits.quantize.rescaling import Rescaling
-from fewbits.quantize.tuning import EPOCHS, TunableLayout, Tuning
+from fewbits.quantize.tuning import TunableLayout, Tuning, epochs_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -104,10 +105,9 @@ class BlockwiseRun:
         if self.rescaling:
             with torch.autocast(self.device, enabled=False):
                 self.rescaling(block, index, partial(self._watch, index, block))
-            self._put_plain(views)
         stages = self._stages(index, block)
         tuning = self._tuning(index, block)
-        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait)
+        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out)
         # the first weight of each set listens for all of them
         self._attach(recorder, index, block, {names[0]: names for names in stages})
         runs = [
@@ -125,7 +125,7 @@ class BlockwiseRun:
         recorder.detach()
         if tuning:
             self._tune(tuning, views)
-        if self.norms is not None:
+        if self.rescaling or self.norms is not None:
             self._put_plain(views)
 
     def _put_plain(self, views: Mapping[str, torch.Tensor]) -> None:
@@ -136,7 +136,7 @@ class BlockwiseRun:
     def _tuning(self, index: int, block: nn.Module) -> Tuning | None:
         """For a block some of whose weights can be tuned, once quantized: these wait to be put until then."""
         names = self.streamed.weights_of(index, block)
-        if not EPOCHS[self.effort] or not any(isinstance(self.layouts.get(name), TunableLayout) for name in names):
+        if not epochs_of((self.layouts.get(name) for name in names), self.effort):
             return None
         self._waiting = {}
         return Tuning(self.streamed, self.stream, index, block, self.device, self.norms)
@@ -148,7 +148,10 @@ class BlockwiseRun:
         if self._work:
             self._work.tell(f"tuning decoder block {tuning.index + 1}")
         tunable = {name: layout for name, layout in layouts.items() if isinstance(layout, TunableLayout)}
-        found = tuning({name: layout.coded(waiting[name]) for name, layout in tunable.items()}, self.effort)
+        found = tuning(
+            {name: layout.coded(waiting[name]) for name, layout in tunable.items()},
+            epochs_of(tunable.values(), self.effort),
+        )
         if found:
             self.tuned.append((found.before, found.after))
             for name, coded in found.coded.items():
@@ -164,6 +167,10 @@ class BlockwiseRun:
     @property
     def wants_hessians(self) -> bool:
         return bool(hessians_of(self.methods))
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(hessians_of(self.methods) & {"factor", "whole"})
 
     @property
     def methods(self) -> set[str]:
@@ -220,7 +227,8 @@ class BlockwiseRun:
     def head(self, name: str, weights: Floats) -> None:
         """Quantize the head, the windows having passed all blocks; they are normed in place."""
         self.streamed.norm(self.stream)
-        inputs = Inputs.empty((name,), 1, self.stream.hidden, self.wants_hessians, ENERGY_CAP, self.rough)
+        options = (self.wants_hessians, ENERGY_CAP, self.rough, self.holds_out)
+        inputs = Inputs.empty((name,), 1, self.stream.hidden, *options)
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
         self._make(name, weights, replace(known_of(inputs, 0, self.methods), device=self.device, effort=self.effort))
@@ -244,7 +252,7 @@ class _Work:
         """Of a run of which the blocks up to `first` are done."""
         blocks = [run.streamed.weights_of(index, layer) for index, layer in enumerate(run.streamed.layers)]
         sizes = [{name: view.numel() for name, view in views.items() if name in run.planned} for views in blocks]
-        times = 2 if EPOCHS[run.effort] and any(isinstance(each, TunableLayout) for each in run.layouts.values()) else 1
+        times = 2 if epochs_of(run.layouts.values(), run.effort) else 1
         total, before = (times * sum(sum(each.values()) for each in part) for part in (sizes, sizes[:first]))
         return _Work({name: size for each in sizes for name, size in each.items()}, total, progress, before)
 
@@ -280,4 +288,10 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     if count < len(mean):
         # too little for feedback of any kind
         return replace(known, hessian=None) if "whole" in hessians_of(methods) else known
-    return replace(known, factor=factorize(mean)) if "factor" in hessians_of(methods) else known
+    held, held_count = inputs.held[expert], inputs.held_counts[expert]
+    if held is not None and held_count >= len(mean):
+        seen = ((hessian - held) / (count - held_count)).cpu().numpy()
+        known = replace(known, damping=choose_damping(seen, (held / held_count).cpu().numpy()))
+    if "factor" not in hessians_of(methods):
+        return known
+    return replace(known, factor=factorize(mean, known.damping or DAMPING))

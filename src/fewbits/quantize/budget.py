@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fewbits.formats.gguf.source import GGUFSource
 from fewbits.formats.gguf.writer import padded
 from fewbits.memory import memory
 from fewbits.memory.weights import EMBEDDINGS
+from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedFile, PlannedTensor, default_method, tensor_type
 from fewbits.plan.budget import Option, Spent, spend
 from fewbits.plan.presets import FLOAT_TYPES
@@ -28,6 +29,8 @@ K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 CODEBOOKS = ("IQ4_XS", "IQ4_NL", "IQ3_S", "IQ3_XXS", "IQ2_S")
 WITH_CALIBRATION = ("IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """What is too coarse to be chosen without knowing which columns matter."""
+FED_BACK = 0.4
+"""What error feedback leaves of the loss that a search of scales leaves."""
 HEAD = "output.weight"
 IN_RAM = "stays in RAM, beside the card"
 SHORT_ROWS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")
@@ -36,7 +39,7 @@ SHORT_ROWS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a file may take: exactly one of the first three is given.
+    """How much a file may take: exactly one of `size`, `like`, `bpw` and `fit` is given.
 
     Attributes:
         size: most bytes of all files together.
@@ -48,6 +51,7 @@ class Budget:
         kv: for `fit`: type of the KV cache.
         types: only these; empty for all that are worth having.
         on_card: whether `size` counts only what llama.cpp loads onto a card that has all layers; see `as_size`.
+        like: a preset of GGUF: as many bytes as its files have.
     """
 
     size: int | None = None
@@ -57,9 +61,10 @@ class Budget:
     kv: str = "f16"
     types: tuple[str, ...] = ()
     on_card: bool = False
+    like: str | None = None
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.size, self.bpw, self.fit)) != 1:
+        if sum(given is not None for given in (self.size, self.like, self.bpw, self.fit)) != 1:
             raise FewbitsError(
                 "A budget is either a size, a number of bits per weight, or memory to fit into.",
                 "Pass one of --size, --bpw and --fit.",
@@ -112,6 +117,7 @@ def plan_budget(
     learned: Learned | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    fed_back: Collection[str] = (),
 ) -> Plan:
     """Choose types within a budget.
 
@@ -122,6 +128,8 @@ def plan_budget(
         file: where they are from, for messages.
         learned: with the Hessians' factors, if codes will be chosen with error feedback.
         threads: None takes every core.
+        fed_back: the tensors whose codes will be chosen with error feedback while text runs, of which no Hessian is
+            known yet.
 
     Raises:
         FewbitsError: the budget is too small, an unknown type, or statistics of another model.
@@ -137,6 +145,8 @@ def plan_budget(
     appraisal = Appraisal(source, known, statistics.sensitivities if statistics else {}, learned or Learned())
     by_name = {tensor.name: tensor for tensor in source.tensors}
     losses = appraisal.losses([by_name[t.name] for t in free], types, threads or os.cpu_count() or 1, progress)
+    for name in losses.keys() & set(fed_back):
+        losses[name] = {to: loss * (FED_BACK if feedback_span(codec(to)) else 1) for to, loss in losses[name].items()}
     shards = shards_of(skeleton, source.metadata, output)
     beside = budget.beside(skeleton.tensors)
     fixed = sum(padded(t.nbytes) for t in skeleton.tensors if t.reason != "copied" and t.name not in beside)

@@ -325,7 +325,7 @@ class _Run:
         from fewbits.calibration.resume import WorkFolder
         from fewbits.forward.streamed import StreamedModel, torch_threads
         from fewbits.quantize.blockwise import BlockwiseRun, rough_products
-        from fewbits.quantize.tuning import EPOCHS, TunableLayout
+        from fewbits.quantize.tuning import epochs_of
 
         todo = quantized_tensors(self.plan)
         planned = {tensor.name: tensor.method for tensor in todo}
@@ -337,7 +337,7 @@ class _Run:
             rough = rough_products(device)
             rescaling = self._rescaling(streamed, layouts, rough)
             inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
-            tunes = EPOCHS[self.request.effort] and any(isinstance(each, TunableLayout) for each in layouts.values())
+            tunes = epochs_of(layouts.values(), self.request.effort) > 0
             norms = self._norms_dtype() if tunes else None
             moved = {name for names in inside for name in names} if rescaling or tunes else set()
             self.plain(lambda name: name not in moved)
@@ -372,13 +372,13 @@ class _Run:
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:
         """What a method does to a block beforehand, if it does anything."""
         from fewbits.calibration.collect import ENERGY_CAP
-        from fewbits.quantize.rescaling import Rescaling
+        from fewbits.quantize.rescaling import WAYS, Rescaling
 
-        way = self.request.target.method.removesuffix("+gptq")
-        if way not in ("awq", "smoothquant"):
+        way = WAYS.get(self.request.target.method)
+        if way is None:
             return None
         kinds = {name: layout.type for name, layout in layouts.items()}
-        return Rescaling(streamed, kinds, way, self._norms_dtype(), rough, ENERGY_CAP)  # type: ignore[arg-type]
+        return Rescaling(streamed, kinds, way, self._norms_dtype(), rough, ENERGY_CAP)
 
     def _norms_dtype(self) -> torch.dtype:
         """In which norms are stored: the coarser of the two, where a model holds both."""

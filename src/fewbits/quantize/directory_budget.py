@@ -87,6 +87,8 @@ def as_size(budget: Budget, path: Path, target: Target) -> Budget:
     Raises:
         FewbitsError: nothing is left for weights, or the model's needs are not known.
     """
+    if budget.like:
+        raise FewbitsError(f"--size {budget.like}: a GGUF type is no size of model directories.", "Name bytes.")
     if budget.fit is None:
         return budget
     served = all(layout.type.bits in ENGINE_BITS.get(layout.name, ()) for layout in target.members)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_room
 from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import method
+from fewbits.methods.base import Effort
 from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedTensor
 from fewbits.plan.tensors import layer_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
+HEAD = "output.weight"
 STATE = "activations"
 """Within the folder of a run: what it goes on from."""
 
@@ -48,6 +50,8 @@ class Rows:
     """How a run keeps a matrix: its rows' bytes, as they are."""
 
     type: Blocks
+    epochs: ClassVar[Mapping[Effort, int]] = {"fast": 0, "default": 0, "thorough": 3}
+    """Of tuning, by effort: see `quantize.tuning`."""
 
     def pack(
         self, matrix: BlocksCoded, g_idx: npt.NDArray[np.integer] | None = None, input_peak: float | None = None
@@ -55,7 +59,10 @@ class Rows:
         return {DATA: matrix.data}
 
     def unpack(self, arrays: Arrays, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-        return BlocksCoded(self.type, arrays[DATA]).decode()
+        return self.coded(arrays).decode()
+
+    def coded(self, arrays: Arrays) -> BlocksCoded:
+        return BlocksCoded(self.type, arrays[DATA])
 
 
 @dataclass(frozen=True)
@@ -70,16 +77,22 @@ class Place:
 
 
 def planned_blockwise(plan: Plan, model: Model) -> Plan:
-    """The plan with error feedback wherever a tensor is in a decoder block and its type allows."""
-    linears = {place.tensor.name for place in _places(model)[1].values()}
+    """The plan with error feedback wherever a tensor's type allows, in decoder blocks and the head."""
+    linears = linears_of(model)
     able = {t.name for t in plan.tensors if t.method == "search" and feedback_span(codec(t.codec))}
     tensors = [t.model_copy(update={"method": "gptq"}) if t.name in able & linears else t for t in plan.tensors]
     notes = [*plan.notes, f"{len(able & linears)} tensors are rounded with error feedback, block by block"]
     return plan.model_copy(update={"tensors": tensors, "notes": notes})
 
 
+def linears_of(model: Model) -> set[str]:
+    """The GGUF tensors whose codes are chosen with error feedback, where their types allow."""
+    return {place.tensor.name for place in _places(model)[1].values()}
+
+
 def _places(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
-    """By stored name, all tensors in decoder blocks, and those that are the weights of linear modules of their own.
+    """By stored name, all tensors in decoder blocks and the head, and those of them that are the weights of linear
+    modules of their own; a head that is the embeddings, too, is none.
 
     Where a block has linears that are not, scales cannot move: then both are the same.
     """
@@ -87,12 +100,14 @@ def _places(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
     every = {
         source: Place(tensor, part)
         for tensor in arch.gguf_tensors(model.config, shapes)
-        if layer_of(tensor.name) >= 0
+        if layer_of(tensor.name) >= 0 or tensor.name == HEAD
         for part, source in enumerate(tensor.sources)
     }
     linears = arch.decoder_linears(model.config, shapes)
     plain = {linear.weight: every[linear.weight] for linear in linears if linear.plain}
-    return (every if len(plain) == len(linears) else plain), plain
+    movable = len(plain) == len(linears)
+    plain |= {source: place for source, place in every.items() if place.tensor.name == HEAD}
+    return (every if movable else plain), plain
 
 
 def quantize_blockwise(
@@ -103,8 +118,9 @@ def quantize_blockwise(
     identity: str,
     threads: int | None = None,
     progress: Progress | None = None,
+    effort: Effort = "default",
 ) -> dict[str, ReadBytes]:
-    """Quantize the linears of the decoder blocks.
+    """Quantize the linears of the decoder blocks, and the head.
 
     Args:
         text: what calibrates the model.
@@ -167,9 +183,14 @@ def quantize_blockwise(
             kinds = {source: packing.type for source, packing in packings.items()}
             rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
         run = BlockwiseRun(
-            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough)
-        )  # fmt: skip
+            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
+            effort=effort,
+            norms=torch.float32 if rescaling else None,
+        )
         run.run(first, done, progress)
+        for source, place in linears.items():
+            if place.tensor.name == HEAD:
+                run.head(source, np.ascontiguousarray(model.read(source), np.float32))
     return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
 
 

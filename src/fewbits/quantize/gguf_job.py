@@ -21,7 +21,7 @@ from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
 from fewbits.quantize.directory import run_identity
 from fewbits.quantize.execute import QuantizeReport, check, execute
-from fewbits.quantize.gguf_blockwise import planned_blockwise, quantize_blockwise, unfinished
+from fewbits.quantize.gguf_blockwise import linears_of, planned_blockwise, quantize_blockwise, unfinished
 from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import (
     CHUNKS,
@@ -47,7 +47,7 @@ class GGUFJob:
     """A model, what is to be made of it, and with what.
 
     Attributes:
-        calibration: statistics files or texts.
+        calibration: statistics files or texts, or both: then the texts are for error feedback alone.
         chunks: most windows of texts.
         budget: how much the file may take, where types are chosen freely.
         effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
@@ -98,7 +98,18 @@ class GGUFJob:
             raise FewbitsError(
                 f"{hessians}: Hessians alone do not choose scales.", "Pass the statistics made with them, too."
             )
+        files, texts = split_sources(calibration)
+        if files and texts and (effort == "fast" or hessians):
+            raise FewbitsError(
+                f"{texts[0]}: a text beside the statistics {files[0]}, which has no effect here.",
+                "Make one file of both: `fewbits calibrate MODEL --text TEXT --merge STATISTICS -o BOTH`; or leave "
+                "--effort at default.",
+            )
         source = gguf_source(open_checkpoint(model), pre_tokenizer)
+        if budget and budget.like:
+            mixture = replace(request.mixture, has_imatrix=bool(calibration))
+            alike = make_plan(source, PlanRequest(budget.like, mixture, output=request.output))
+            budget = replace(budget, like=None, size=alike.files[0].size)
         budget = budget.as_size(model) if budget else None
         request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
@@ -163,14 +174,14 @@ class GGUFJob:
     def _text(self) -> CalibrationText:
         from fewbits.calibration.texts import read_texts  # imports torch, which most runs do without
 
-        return read_texts(self.calibration, self._opened.tokenizer(), CONTEXT, self.chunks or CHUNKS)
+        return read_texts(split_sources(self.calibration)[1], self._opened.tokenizer(), CONTEXT, self.chunks or CHUNKS)
 
     def _identity(self, plan: Plan) -> str:
         return run_identity(plan, self._opened, self._text, "cpu", self.effort)
 
     def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
         run = (plan, self._opened, self._text, scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, self.progress)
+        return quantize_blockwise(*run, self.threads, self.progress, self.effort)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
@@ -208,6 +219,7 @@ class GGUFJob:
         if self.budget is None:
             return plan
         learned = Learned({}, self.factors)
+        fed_back = linears_of(self._opened) if self.feeds_back else ()
         return plan_budget(
-            source, plan, self.budget, self.output, statistics, file, learned, self.threads, self.progress
+            source, plan, self.budget, self.output, statistics, file, learned, self.threads, self.progress, fed_back
         )  # fmt: skip

@@ -36,16 +36,10 @@ def split_sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The statistics files among what `--calibration` names, and the texts.
 
     Raises:
-        FewbitsError: a file cannot be read, or there are both kinds.
+        FewbitsError: a file cannot be read.
     """
     statistics = [path for path in paths if _is_statistics(path)]
-    texts = [path for path in paths if path not in statistics]
-    if statistics and texts:
-        raise FewbitsError(
-            f"{texts[0]}: a text beside the statistics {statistics[0]}.",
-            "Make one file of both: `fewbits calibrate MODEL --text TEXT --merge STATISTICS -o BOTH`.",
-        )
-    return statistics, texts
+    return statistics, [path for path in paths if path not in statistics]
 
 
 def _is_statistics(path: Path) -> bool:
@@ -76,8 +70,8 @@ def promised(
 ) -> tuple[Statistics, Path]:
     """The statistics that `--calibration` names, and their file.
 
-    Of texts, which have yet to run through the model, it is what the statistics will tell of themselves, without any
-    tensor, and the file beside the output that will keep them.
+    Of texts alone, which have yet to run through the model, it is what the statistics will tell of themselves, without
+    any tensor, and the file beside the output that will keep them.
 
     Args:
         model: directory, GGUF file or hub id.
@@ -89,17 +83,21 @@ def promised(
         FewbitsError: a file cannot be used, or the statistics of a text would replace a file.
     """
     files, texts = split_sources(paths)
-    if files:
-        return read_all(files), files[0]
     kept = output.with_name(f"{output.stem}.imatrix.gguf")
-    if kept.exists() and not overwrite:
+    if not files and kept.exists() and not overwrite:
         raise FewbitsError(
             f"{kept}: there are statistics already.", f"Use them: --calibration {kept}; or pass --overwrite."
         )
+    if files and not texts:
+        return read_all(files), files[0]
     from fewbits.calibration.texts import read_texts  # imports torch, which statistics files do without
 
     text = read_texts(texts, open_model(model).tokenizer(), CONTEXT, chunks or CHUNKS)
-    return Statistics({}, text.datasets, len(text.inputs), CONTEXT, text.sha256, text.inputs.size), kept
+    if not files:
+        return Statistics({}, text.datasets, len(text.inputs), CONTEXT, text.sha256, text.inputs.size), kept
+    found = read_all(files)
+    names, digests = ([*found.datasets, *text.datasets], [*found.texts_sha256, *text.sha256])
+    return replace(found, datasets=list(dict.fromkeys(names)), texts_sha256=list(dict.fromkeys(digests))), files[0]
 
 
 def calibrate_texts(

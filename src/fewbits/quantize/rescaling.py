@@ -1,4 +1,4 @@
-"""AWQ's and SmoothQuant's step before the weights of a decoder block are quantized: channels rescaled wherever the
+"""What AWQ, SmoothQuant and AQLM do before the weights of a decoder block are quantized: channels rescaled wherever the
 family allows it."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fewbits.calibration.collect import BlockRecorder, Inputs
 from fewbits.codecs.storage import StorageType
 from fewbits.forward.streamed import StreamedModel
 from fewbits.methods.awq import Reader, choose_scales
-from fewbits.methods.channel_scales import Scales, group_of, round_trip_of
+from fewbits.methods.channel_scales import Scales, evened, group_of, round_trip_of
 from fewbits.methods.smoothquant import TOKENS, SmoothReader, smooth
 from fewbits.quantize.folding import Place, places
 
@@ -25,6 +25,11 @@ BATCHES = 6
 all windows would take as long as the quantizing."""
 PER_BATCH = 64
 """Tokens of a batch that are kept as samples: of many batches, so that they are of many texts."""
+
+
+Way = Literal["awq", "smoothquant", "even"]
+WAYS: dict[str, Way] = {"awq": "awq", "awq+gptq": "awq", "smoothquant": "smoothquant", "aqlm": "even"}
+"""By method."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Rescaling:
 
     Attributes:
         kinds: stored name -> storage type of the weights that will be quantized.
-        way: whose scales.
+        way: whose scales; `even` makes columns equally large, whatever the inputs.
         dtype: in which norms will be stored: scales are such that this rounds nothing. None: float32.
         rough: as `BlockRecorder` has it.
         energy_cap: as `BlockRecorder` has it.
@@ -70,7 +75,7 @@ class Rescaling:
 
     streamed: StreamedModel
     kinds: Mapping[str, StorageType]
-    way: Literal["awq", "smoothquant"]
+    way: Way
     dtype: torch.dtype | None = None
     rough: bool = False
     energy_cap: float | None = None
@@ -87,6 +92,10 @@ class Rescaling:
             prefix = block_prefix(self.streamed.model.family, index, views)
             heads = self.streamed.config.num_attention_heads
             here = places(self.streamed.model.family, heads, prefix, views)
+            if self.way == "even":
+                for place in here:
+                    place.fold(evened([*place.targets.values()], place.channel), self.dtype)
+                return
             inputs = self._inputs(index, block, run, {name for place in here for name in place.targets})
             choose = self._awq if self.way == "awq" else self._smooth
             for place in here:

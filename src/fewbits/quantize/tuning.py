@@ -8,7 +8,7 @@ values are, some windows are held out, and what does best on those is kept: mayb
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -21,8 +21,6 @@ from fewbits.forward.streamed import Stream, StreamedModel, activations
 from fewbits.layouts.base import Arrays
 from fewbits.methods.base import Effort
 
-EPOCHS: dict[Effort, int] = {"fast": 0, "default": 3, "thorough": 10}
-"""How often text runs through a block at most."""
 RATE = 3e-3
 """How far the first steps of Adam move a tensor, in its root mean square; it falls to zero along a cosine."""
 BETAS = (0.9, 0.95)
@@ -48,10 +46,22 @@ class Tunable(Protocol):
 
 @runtime_checkable
 class TunableLayout(Protocol):
-    """A layout of such matrices."""
+    """A layout of such matrices.
+
+    Attributes:
+        epochs: how often text runs through a block at most, by effort.
+    """
+
+    @property
+    def epochs(self) -> Mapping[Effort, int]: ...
 
     def coded(self, arrays: Arrays) -> Tunable:
         """What stored tensors hold."""
+
+
+def epochs_of(layouts: Iterable[object], effort: Effort) -> int:
+    """Of a block whose weights are in such layouts; 0 where none can be tuned."""
+    return max((layout.epochs[effort] for layout in layouts if isinstance(layout, TunableLayout)), default=0)
 
 
 class _Replaced(nn.Module):
@@ -111,19 +121,20 @@ class Tuning:
     def held_out(self) -> list[slice]:
         return self.stream.batches[HELD_OUT // 2 :: HELD_OUT]
 
-    def __call__(self, coded: Mapping[str, Tunable], effort: Effort) -> Tuned | None:
+    def __call__(self, coded: Mapping[str, Tunable], epochs: int) -> Tuned | None:
         """Tune a quantized block.
 
         Args:
             coded: its weights by stored name, of those that can be tuned; the block's own parameters are as they
                 decode. Nothing is changed in place.
+            epochs: how often text runs through it.
 
         Returns:
             None where nothing is gained.
         """
         places = self._places(coded)
         training = [batch for batch in self.stream.batches if batch not in self.held_out]
-        if not EPOCHS[effort] or len(self.stream.batches) < FEWEST or not places:
+        if not epochs or len(self.stream.batches) < FEWEST or not places:
             return None
         inner = {
             name: {part: tensor.to(self.device) for part, tensor in coded[stored].tensors().items()}
@@ -146,8 +157,8 @@ class Tuning:
 
         before = least = self._error(weights(), self.held_out)
         best = None
-        total = EPOCHS[effort] * len(training)
-        for epoch in range(EPOCHS[effort]):
+        total = epochs * len(training)
+        for epoch in range(epochs):
             for step, chosen in enumerate(torch.randperm(len(training), generator=random).tolist()):
                 along = (epoch * len(training) + step) / total
                 for group in adam.param_groups:
