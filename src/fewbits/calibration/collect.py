@@ -25,7 +25,7 @@ with massive activations (the first of each window: specs, low-bit.md section 9)
 HELD_OUT = 4
 """Of so many batches of windows one says what the others are worth, ..."""
 HELD_COLUMNS = 8192
-"""... of inputs with so many columns at most: it takes another Hessian's memory."""
+"""... of inputs with so many columns at most, and not of experts: it takes another Hessian's memory."""
 ROWS = 128
 """Squares are summed in float32 over so many tokens, then in float64: fast, and exact to a few parts in 10 million."""
 
@@ -80,7 +80,7 @@ class Inputs:
             peaks=[0.0] * experts,
             energy_cap=energy_cap,
             rough=rough,
-            holds_out=holds_out and like.shape[-1] <= HELD_COLUMNS,
+            holds_out=holds_out and experts == 1 and like.shape[-1] <= HELD_COLUMNS,
             held=[None] * experts,
             held_counts=[0] * experts,
             _batches=[0] * experts,
