@@ -13,6 +13,7 @@ import fewbits
 from fewbits.arch import gguf_tensors
 from fewbits.checkpoint import GGUFCheckpoint, open_model
 from fewbits.errors import FewbitsError
+from fewbits.plan import MixtureOptions
 from fewbits.quantize import gguf_blockwise, gguf_job
 from fewbits.quantize.blockwise import BlockwiseRun
 from tiny_models import save_tiny
@@ -154,9 +155,11 @@ def test_a_head_of_its_own_is_fed_back_too(tmp_path: Path, text: Path) -> None:
     for tied in (False, True):
         directory = save_tiny(tmp_path / f"model{tied}", "llama", LLAMA | {"tie_word_embeddings": tied})
         for effort in ("fast", "default"):
-            out = made(directory, "Q4_0", text, effort)
-            head = "token_embd.weight" if tied else "output.weight"
-            found[tied, effort] = _stored(out, head)
+            out = tmp_path / f"{tied}-{effort}.gguf"
+            mixture = MixtureOptions(output_type="Q4_0", token_embedding_type="Q4_0")
+            options = {"calibration": text, "calibration_chunks": 16, "effort": effort, "mixture": mixture}
+            fewbits.quantize(directory, "Q4_0", out, **options, threads=1)
+            found[tied, effort] = _stored(out, "token_embd.weight" if tied else "output.weight")
     assert (found[True, "fast"] == found[True, "default"]).all()
     assert (found[False, "fast"] != found[False, "default"]).any()
 
