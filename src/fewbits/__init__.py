@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fewbits.generate import generate as run
     from fewbits.measure import measure
     from fewbits.memory import memory
+    from fewbits.verify import verify
 
 __all__ = [
     "FewbitsError",
@@ -36,6 +37,7 @@ __all__ = [
     "plan",
     "quantize",
     "run",
+    "verify",
 ]
 
 # torch and transformers take seconds to import: a verb pays only for what it uses
@@ -50,6 +52,7 @@ _VERBS = {
     "measure": ("fewbits.measure", "measure"),
     "memory": ("fewbits.memory", "memory"),
     "run": ("fewbits.generate", "generate"),
+    "verify": ("fewbits.verify", "verify"),
 }
 
 

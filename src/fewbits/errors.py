@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What may stand in a stranger's names and must reach no terminal: control characters and halves of surrogate pairs."""
 
 
 class FewbitsError(Exception):
@@ -16,6 +20,7 @@ class FewbitsError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = UNPRINTABLE.sub("?", message), UNPRINTABLE.sub("?", hint)
         super().__init__(f"{message} {hint}".strip() if hint else message)
         self.message = message
         self.hint = hint

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_model
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, about
+from fewbits.tokenizer.templates import chat_text
 
 ENGINES = ("llama.cpp", "transformers")
 
@@ -75,7 +76,8 @@ def _through_template(model: Model, prompt: str) -> str:
     if not tokenizer.chat_template:
         raise FewbitsError(f"{model.path}: the model has no chat template.", "Leave --chat out.")
     messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    with about(model.path):
+        return chat_text(tokenizer, messages, generation=True)
 
 
 def _in_llama_cpp(

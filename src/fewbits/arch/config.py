@@ -44,6 +44,9 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {name: value for name, value in family.defaults.items() if name not in _OTHER_SPELLINGS}
     out = defaults | out
     _fill_in(out, family)
+    types = out.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise FewbitsError("config.json: layer_types is no list of names.")
     if family.swa_every:
         every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.swa_every
         if not isinstance(every, int) or every < 1:
@@ -252,6 +255,7 @@ def _number(metadata: Mapping[str, Any], name: str) -> int | float | None:
         if len(distinct) != 1:
             raise FewbitsError(f"{name} differs from layer to layer, which is not supported.")
         value = distinct.pop()
-    if not isinstance(value, int | float | np.integer | np.floating) or not np.isfinite(value):
+    whole = isinstance(value, int | np.integer)
+    if not whole and not (isinstance(value, float | np.floating) and np.isfinite(value)):
         raise FewbitsError(f"{name} is {value!r}, where a number is expected.")
     return shortest(value) if isinstance(value, float | np.floating) else int(value)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.calibration.statistics import Sensitivities, Sensitivity, Statistics, TensorStatistics
+from fewbits.checkpoint.base import check_name
 from fewbits.checkpoint.gguf import MAGIC, GGUFCheckpoint
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import AtomicFile
@@ -132,6 +133,10 @@ def _checked(path: Path, name: str, sums: npt.NDArray[np.float32], counts: npt.N
         # a NaN compares false, too
         if not (values.min() >= 0 and values.max() < np.inf):
             raise FewbitsError(f"{path}: {name} has a negative or non-finite {what}.", "Make it again.")
+    with np.errstate(over="ignore"):
+        means = sums / np.where(counts > 0, counts, 1)[:, None]
+    if not means.max() < np.inf:
+        raise FewbitsError(f"{path}: {name} has counts that are no numbers of tokens.", DAMAGED)
     return TensorStatistics(np.ascontiguousarray(sums, np.float32), np.ascontiguousarray(counts, np.float32))
 
 
@@ -164,7 +169,8 @@ def _read_dat(path: Path) -> Statistics:
         length = fields.number(f"entry {number + 1}")
         if not 0 < length <= MOST_NAME:
             raise FewbitsError(f"{path}: the name of entry {number + 1} has {length} bytes.", DAMAGED)
-        name = fields.take(length, f"the name of entry {number + 1}").decode("utf-8", "surrogateescape")
+        data = fields.take(length, f"the name of entry {number + 1}")
+        name = check_name(path, data.decode("utf-8", "surrogateescape"))
         calls, count = fields.number(name), fields.number(name)
         if count < 1 or calls < 0:
             raise FewbitsError(f"{path}: {name} has {count} sums of {calls} windows.", DAMAGED)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fewbits.errors import FewbitsError
 from fewbits.forward.text import Text, encode, read_text
+from fewbits.tokenizer.templates import chat_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -145,11 +146,9 @@ def _messages(entry: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, where: str) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise FewbitsError(f"{where}: a conversation, but the model has no chat template.", "Use plain text.")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise FewbitsError(f"{where}: the model's chat template refuses it ({error}).", "Leave the line out.") from None
+        return chat_text(tokenizer, messages)
+    except FewbitsError as error:
+        raise FewbitsError(f"{where}: {error.message}", "Leave the line out.") from None

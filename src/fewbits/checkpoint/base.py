@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class Checkpoint(ABC):
         if info.dtype not in CODECS:
             raise FewbitsError(f"{info.file}: tensor {info.name!r} is stored as {info.dtype}, which holds no weights.")
         columns = info.shape[-1] if info.shape else 1
+        if not columns or stop <= start:
+            return np.empty((max(0, stop - start), columns), np.float32)
         line_bytes = CODECS[info.dtype].nbytes((columns,))
         data = self.raw(name, start * line_bytes, stop * line_bytes)
         return CODECS[info.dtype].decode(data.reshape(stop - start, line_bytes))
@@ -133,8 +136,32 @@ def check_layout(file: Path, size: int, tensors: list[TensorInfo]) -> None:
             previous = info
 
 
+def check_regular(file: Path) -> int:
+    """Size of a file in bytes, refused where it cannot be read or is none: to open a pipe would wait for ever.
+
+    Raises:
+        FewbitsError: missing, not readable, a pipe, a device or a folder.
+    """
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise FewbitsError(f"{file}: not a file.", "Name a model file, or a directory with model files.")
+        with open(file, "rb"):
+            return file.stat().st_size
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FewbitsError(f"{file}: cannot be read ({reason}).", "Check the name and its permissions.") from None
+
+
+def check_name(file: Path, name: str) -> str:
+    """The name, refused where it cannot be shown: no model has such, and it would upset terminals and JSON alike."""
+    if not name.isprintable():
+        raise FewbitsError(f"{file}: {name!r} is no name.", "It is damaged: fetch it again.")
+    return name
+
+
 def element_count(file: Path, name: str, shape: tuple[int, ...]) -> int:
-    """Product of the dimensions, refused where a header lies (negative or absurd)."""
-    if any(not isinstance(n, int) or n < 0 for n in shape) or len(shape) > 8 or prod(shape) >= 2**48:
+    """Product of the dimensions, refused where a header lies (negative or absurd, also beside a zero)."""
+    wrong = any(type(n) is not int or n < 0 for n in shape) or len(shape) > 8
+    if wrong or prod(n for n in shape if n) >= 2**48:
         raise FewbitsError(f"{file}: tensor {name!r} has the impossible shape {list(shape)}.", "Fetch the file again.")
     return prod(shape)

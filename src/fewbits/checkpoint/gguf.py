@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, element_count
+from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, check_name, check_regular, element_count
 from fewbits.codecs import CODECS
 from fewbits.errors import FewbitsError
 
@@ -91,7 +91,7 @@ class _Header:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.size = file.stat().st_size
+        self.size = check_regular(file)
 
     def parse(self) -> tuple[dict[str, Any], list[TensorInfo]]:
         with open(self.file, "rb") as self.stream:
@@ -105,7 +105,7 @@ class _Header:
             self._bound(n_tensors * 32 + n_values * 13, "the counts in the header")
             metadata: dict[str, Any] = {}
             for _ in range(n_values):
-                key = self._string("a key")
+                key = check_name(self.file, self._string("a key"))
                 if key in metadata:
                     raise FewbitsError(f"{self.file}: the key {key!r} stands there twice.", DAMAGED)
                 metadata[key] = self._value(self._number("<u4"), key)
@@ -159,7 +159,7 @@ class _Header:
         return [self._string(f"the array {key!r}") for _ in range(count)]
 
     def _tensor(self) -> tuple[str, tuple[int, ...], str, int, int]:
-        name = self._string("a tensor name")
+        name = check_name(self.file, self._string("a tensor name"))
         dimensions = self._number("<u4")
         if dimensions > 8:
             raise FewbitsError(f"{self.file}: tensor {name!r} has {dimensions} dimensions.", DAMAGED)

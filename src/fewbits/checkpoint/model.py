@@ -59,8 +59,11 @@ class Model:
 
     def dtype(self, name: str) -> str:
         """Storage type of a tensor, e.g. `BF16` or `Q4_K`."""
-        stored = self._views[name].sources[0] if name in self._views else name
-        return self.checkpoint.tensors[stored].dtype
+        return self.checkpoint.tensors[self.stored(name)].dtype
+
+    def stored(self, name: str) -> str:
+        """What the files call a tensor, or what it is a part of."""
+        return self._views[name].sources[0] if name in self._views else name
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32, by its Hugging Face name."""

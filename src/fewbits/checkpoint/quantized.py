@@ -140,6 +140,9 @@ class QuantizedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._modules
 
+    def code_bits(self, name: str) -> float:
+        return self._modules[name].layout.type.bits
+
     def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start:stop of a quantized weight, float32, the caller's own.
 

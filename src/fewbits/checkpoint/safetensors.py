@@ -6,6 +6,8 @@ Layout: u64 header length, JSON header, data (https://github.com/huggingface/saf
 from __future__ import annotations
 
 import json
+import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits import arch
-from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, element_count
+from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, check_name, check_regular, element_count
 from fewbits.checkpoint.quantized import QuantizedWeights
 from fewbits.codecs.scaled_levels import E4M3
 from fewbits.errors import FewbitsError
@@ -27,6 +29,10 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+WITHOUT_CODEC = ("F8_E4M3", "F64")
+"""Types of weights that no format is written in."""
+
+
 class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face model directory with safetensors weights. Quantized ones are read as the plain weights they mean.
 
@@ -37,7 +43,11 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_links(path)
         self.config = read_json(path / "config.json", "A model directory needs its config.json.")
+        named = self.config.get("architectures") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise FewbitsError(f"{path / 'config.json'}: architectures is no list of names.", "Fetch it again.")
         stored: dict[str, TensorInfo] = {}
         for file in self._files():
             for info in read_header(file):
@@ -73,6 +83,20 @@ class SafetensorsCheckpoint(Checkpoint):
             raise FewbitsError(f"{self.path}: {name!r} is stored as {self.info(name).dtype}, in several tensors.")
         return super().raw(name, start, stop)
 
+    def code_bits(self, name: str) -> float | None:
+        """Bits of a quantized module's codes, scales not counted; None where the tensor is stored as it is."""
+        return self._quantized.code_bits(name) if name in self._quantized else None
+
+    def lines(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """As in the base class; of quantized modules and types without a codec, too."""
+        info = self.info(name)
+        if name not in self._quantized and info.dtype not in WITHOUT_CODEC:
+            return super().lines(name, start, stop)
+        each = max(1, prod(info.shape[1:-1]))
+        first = start // each
+        values = self.read(name, slice(first, -(-stop // each)))
+        return values.reshape(-1, info.shape[-1] if info.shape else 1)[start - first * each : stop - first * each]
+
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
@@ -89,7 +113,9 @@ class SafetensorsCheckpoint(Checkpoint):
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if Path(name).name != name:
-                raise FewbitsError(f"{index}: shard {name!r} lies outside the model directory.")
+                raise FewbitsError(f"{index}: shard {name[:200]!r} lies outside the model directory.")
+            if not name.isprintable() or len(name) > 200 or not name.endswith(".safetensors"):
+                raise FewbitsError(f"{index}: {name[:200]!r} is no name of a shard.", "Fetch the index again.")
             if not (self.path / name).is_file():
                 raise FewbitsError(f"{index}: shard {name} is missing.", "Fetch it into the model directory.")
         return [self.path / name for name in names]
@@ -98,7 +124,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if name in self._quantized:
             return self._quantized.read(name, start, stop)
         info = self.info(name)
-        if info.dtype not in ("F8_E4M3", "F64"):
+        if info.dtype not in WITHOUT_CODEC:
             return self.decode(name, start, stop)
         row = info.nbytes // info.shape[0] if info.shape else info.nbytes
         data = self.raw(name, start * row, stop * row)
@@ -106,12 +132,27 @@ class SafetensorsCheckpoint(Checkpoint):
         return values.reshape(stop - start, *info.shape[1:])
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse links that lead out of a model directory: what they lead to would be read, and copied into results.
+
+    The hub's own cache is made of links into the folder beside its snapshots; those are what they should be.
+
+    Raises:
+        FewbitsError: names the link.
+    """
+    home = Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    for link in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        if link.is_symlink() and not {home, blobs}.intersection(Path(os.path.realpath(link)).parents):
+            raise FewbitsError(f"{link}: the link leads out of the model directory.", "Put the file itself there.")
+
+
 def read_json(file: Path, hint: str = "") -> dict[str, Any]:
     """The JSON object in a file, duplicate keys refused."""
-    try:
-        return parse_json(file, file.read_bytes())
-    except FileNotFoundError:
-        raise FewbitsError(f"{file} does not exist.", hint) from None
+    if not file.exists():
+        raise FewbitsError(f"{file} does not exist.", hint)
+    check_regular(file)
+    return parse_json(file, file.read_bytes())
 
 
 def parse_json(file: Path, data: bytes) -> dict[str, Any]:
@@ -127,6 +168,8 @@ def parse_json(file: Path, data: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(data, object_pairs_hook=unique)
+        if b"\\u" in data:  # half of a surrogate pair is no text, and could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FewbitsError(f"{file}: not valid JSON ({error}).", again) from None
     if not isinstance(value, dict):
@@ -140,7 +183,7 @@ def read_header(file: Path) -> list[TensorInfo]:
     Raises:
         FewbitsError: lying header length, malformed entry, unknown type, overlap, tensor past the end.
     """
-    size = file.stat().st_size
+    size = check_regular(file)
     damaged = "It is truncated or damaged: fetch it again."
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -153,8 +196,9 @@ def read_header(file: Path) -> list[TensorInfo]:
             continue
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            count = element_count(file, name, shape)
-            wrong = not isinstance(begin, int) or not isinstance(end, int) or begin < 0
+            count = element_count(file, check_name(file, name), shape)
+            wrong = type(begin) is not int or type(end) is not int or begin < 0
+            dtype = str(dtype)
         except (KeyError, TypeError, ValueError):
             raise FewbitsError(f"{file}: the header entry of tensor {name!r} is malformed.", damaged) from None
         if dtype not in ITEM_BYTES:

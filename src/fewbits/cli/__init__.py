@@ -16,7 +16,8 @@ from fewbits.version import __version__
 
 VERBS = {
     **{name: name for name in ("advise", "memory", "plan", "quantize", "calibrate", "convert", "measure", "compare")},
-    **{"export": "export", "inspect": "inspect", "run": "run", "list": "listing", "doctor": "doctor", "demo": "demo"},
+    **{name: name for name in ("export", "inspect", "verify", "run", "doctor", "demo")},
+    "list": "listing",
 }
 """Names and the files they are in."""
 

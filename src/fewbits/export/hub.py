@@ -81,7 +81,7 @@ def _contents(path: Path, repo: str, extra: dict[str, bytes]) -> tuple[list[Path
     if path.is_dir():
         from huggingface_hub.utils import filter_repo_objects
 
-        found = sorted(file for file in path.rglob("*") if file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
         kept = set(filter_repo_objects([f.relative_to(path).as_posix() for f in found], ignore_patterns=SKIPPED))
         files = [file for file in found if file.relative_to(path).as_posix() in kept]
         if not files:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fewbits.errors import FewbitsError
+from fewbits.tokenizer.templates import TooMuch, bounded
 
 MAX_CHARACTERS = 1 << 18
 """The longest published chat templates have some 20 thousand."""
+MAX_EXPONENT = 64
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -25,6 +27,17 @@ class _Generation(Extension):
         next(parser.stream)
         body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return body
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """With bounds of its own: no limit of time ends a power of whole numbers, which is one step."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if not isinstance(right, int | float) or abs(right) > MAX_EXPONENT:
+            raise OverflowError(f"an exponent of more than {MAX_EXPONENT}")
+        return super().call_binop(context, operator, left, right)
 
 
 class Refused(FewbitsError):
@@ -45,15 +58,16 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         if len(source) > MAX_CHARACTERS:
             raise FewbitsError(f"The chat template has {len(source)} characters.", "No real one is so long.")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.globals["raise_exception"] = _refuse
         self.special = dict(special)
         try:
-            self._template = _compiled(environment, source)
-        except TemplateError as error:
-            raise FewbitsError(f"The chat template is not valid Jinja ({error}).") from None
+            with bounded():
+                self._template = _compiled(environment, source)
+        except TooMuch:
+            raise
+        except Exception as error:  # of nesting too deep and numbers too long, too
+            raise FewbitsError(f"The chat template is not valid Jinja ({_short(error)}).") from None
 
     def render(self, messages: Messages, generation: bool) -> str:
         """The text of a conversation.
@@ -66,13 +80,20 @@ class ChatTemplate:
         """
         values = {"messages": [dict(m) for m in messages], "add_generation_prompt": generation, "tools": None}
         try:
-            return self._template.render({**self.special, **values})
+            with bounded():
+                return str(self._template.render({**self.special, **values}))
+        except TooMuch as error:
+            raise Refused(error.message) from None
         except FewbitsError:
             raise
         except Exception as error:  # a stranger's template can fail in any way
             if "strftime_now" in str(error):
                 raise Refused("the chat template writes today's date, which Go templates cannot") from None
-            raise Refused(f"the chat template fails ({' '.join(str(error).split())[:200]})") from None
+            raise Refused(f"the chat template fails ({_short(error)})") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _compiled(environment: Environment, source: str) -> Any:

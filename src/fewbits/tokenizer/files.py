@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,27 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 256 << 20  # the largest published tokenizer.json files are around 35 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json with merges.txt")
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask", "eot", "eom")
+
+
+MAX_TOKENS_BESIDE = 100_000
+"""How many token ids may be unused, besides as many as there are tokens: lists of that length are made."""
+TOKENIZER_CLASS = re.compile(r"\w*(Tokenizer|TokenizerFast|TokenizersBackend|SentencePieceBackend|PythonBackend)")
+PROBE = "\N{SNOWMAN} a"
+"""Has a character that few vocabularies know."""
+
+
+@contextmanager
+def malformed(where: object) -> Iterator[None]:
+    """A tokenizer of any other structure than the readers take for granted is one error, whatever it trips over.
+
+    Raises:
+        FewbitsError: says where it is.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FewbitsError(f"{where}: the tokenizer is malformed ({reason}).", "Download it again.") from error
 
 
 @dataclass(frozen=True)
@@ -94,10 +117,17 @@ class TokenizerFiles:
             entries += [(int(value["id"]), value) for value in self.tokenizer.get("added_tokens") or []]
             for token_id, entry in entries:
                 found[token_id] = AddedToken(token_id, str(entry["content"]), bool(entry.get("special", False)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise FewbitsError(
                 f"{self.directory}: malformed added token ({error!r}).", "Download the tokenizer files again."
             ) from error
+        known = len(found) + len((self.tokenizer.get("model") or {}).get("vocab") or ())
+        pieces = self.sentencepiece.stat().st_size if self.sentencepiece else 0  # each takes some bytes
+        limit = 2 * known + pieces + MAX_TOKENS_BESIDE
+        if wrong := [token_id for token_id in found if not 0 <= token_id <= limit]:
+            raise FewbitsError(
+                f"{self.directory}: an added token has the id {wrong[0]}.", "Download the tokenizer files again."
+            )
         return found
 
     def special_ids(self, vocab: Mapping[str, int]) -> dict[str, int]:
@@ -152,15 +182,22 @@ class TokenizerFiles:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
-        if not path.is_file():
-            return {}
-        try:
-            value = json.loads(_text(path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise FewbitsError(f"{path}: not valid JSON ({error}).", "Download it again.") from error
-        if not isinstance(value, dict):
-            raise FewbitsError(f"{path}: holds a {type(value).__name__}, not an object.", "Download it again.")
-        return value
+        return json_object(path) if path.is_file() else {}
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a tokenizer's file.
+
+    Raises:
+        FewbitsError: something else, or absurdly large.
+    """
+    try:
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FewbitsError(f"{path}: not valid JSON ({error}).", "Download it again.") from error
+    if not isinstance(value, dict):
+        raise FewbitsError(f"{path}: holds a {type(value).__name__}, not an object.", "Download it again.")
+    return value
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -180,8 +217,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"{directory}: no tokenizer found; looked for {', '.join(TOKENIZER_FILES)}.",
             "Copy the tokenizer files of the original model there.",
         )
+    config = directory / "tokenizer_config.json"
+    named = json_object(config).get("tokenizer_class") if config.is_file() else None
+    if named is not None and not (isinstance(named, str) and TOKENIZER_CLASS.fullmatch(named)):
+        # transformers takes any of its classes, models too
+        raise FewbitsError(f"{config}: {str(named)[:80]!r} is no tokenizer's class.", "Download it again.")
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        found(PROBE)
+        return found
     except Exception as error:  # transformers and tokenizers raise all kinds for a bad file, bare Exception among them
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FewbitsError(

@@ -10,6 +10,7 @@ from gguf import TokenType
 
 from fewbits.errors import FewbitsError
 from fewbits.tokenizer import pretokenizers
+from fewbits.tokenizer.files import malformed
 from fewbits.tokenizer.vocabulary import SPACE
 
 if TYPE_CHECKING:
@@ -37,11 +38,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     Raises:
         FewbitsError: not a BPE or SentencePiece tokenizer, an unknown pre-tokenizer, or inconsistent metadata.
     """
+    with malformed("The GGUF file"):
+        return _made(metadata)
+
+
+def _made(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     model = metadata.get("tokenizer.ggml.model")
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         raise FewbitsError(
             f"The GGUF file's tokenizer is {model!r}; those that can be read are {', '.join(MODELS)}.",
             "Pass the directory of the original model for its tokenizer.",

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewbits.errors import FewbitsError
 from fewbits.tokenizer import pretokenizers, vocabulary
-from fewbits.tokenizer.files import TokenizerFiles
+from fewbits.tokenizer.files import TokenizerFiles, malformed
 from fewbits.tokenizer.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,11 @@ def gguf_tokenizer(directory: Path, config: Mapping[str, Any], pre: str | None =
     """
     if pre is not None and not re.fullmatch(r"[\w.-]+", pre):
         raise FewbitsError(f"{pre!r} is no pre-tokenizer name.", f"Known: {pretokenizers.known_names()}.")
-    files = TokenizerFiles(Path(directory), config)
+    with malformed(directory):
+        return _made(TokenizerFiles(Path(directory), config), pre)
+
+
+def _made(files: TokenizerFiles, pre: str | None) -> dict[str, Any]:
     model = files.tokenizer.get("model") or {}
     kind = model.get("type", "BPE" if "merges" in model else None)
     space_prefix: bool | None = None

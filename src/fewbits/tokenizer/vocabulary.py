@@ -13,7 +13,7 @@ import numpy as np
 from gguf import TokenType
 
 from fewbits.errors import FewbitsError
-from fewbits.tokenizer.files import AddedToken, TokenizerFiles
+from fewbits.tokenizer.files import MAX_TOKENS_BESIDE, AddedToken, TokenizerFiles
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,11 @@ class Vocabulary:
             FewbitsError: more tokens than the embedding has rows, or two tokens with one text.
         """
         size = files.vocab_size or len(self.texts)
+        if size > 2 * len(self.texts) + MAX_TOKENS_BESIDE:
+            raise FewbitsError(
+                f"{files.directory}: config.json's vocab_size is {size}, the tokenizer has {len(self.texts)} tokens.",
+                "Use the tokenizer that belongs to the model.",
+            )
         beyond = range(size, len(self.texts))
         if any(token_id not in files.added_tokens for token_id in beyond):
             raise FewbitsError(
@@ -238,7 +243,7 @@ def _model(files: TokenizerFiles) -> tuple[dict[str, int], list[tuple[str, str]]
     raw = files.tokenizer["model"].get("merges") or []
     try:
         ids = sorted(vocab.values())
-        limit = 2 * len(ids) + 100_000
+        limit = 2 * len(ids) + MAX_TOKENS_BESIDE
         if not ids or any(type(token_id) is not int for token_id in ids) or len(set(ids)) != len(ids):
             raise ValueError("token ids must be distinct whole numbers")
         if ids[0] < 0 or ids[-1] > limit:

@@ -85,6 +85,8 @@ def _from_gguf(checkpoint: GGUFCheckpoint) -> GGUFSource:
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(DROPPED_KEYS)}
     if metadata.get("general.type", "model") != "model":
         raise FewbitsError(f"{checkpoint.path}: holds a {metadata['general.type']}, not a model.")
+    if not checkpoint.tensors:
+        raise FewbitsError(f"{checkpoint.path}: holds no tensors.", "Fetch the file again.")
     tensors = [SourceTensor(name, info.shape, info.dtype) for name, info in checkpoint.tensors.items()]
     stored: dict[str, ReadBytes] = {name: partial(checkpoint.raw, name) for name in checkpoint.tensors}
     read: dict[str, ReadRows] = {name: partial(checkpoint.lines, name) for name in checkpoint.tensors}
