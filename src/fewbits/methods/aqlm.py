@@ -28,8 +28,9 @@ from fewbits.kernels.additive import add_words, collect_words, count_words, near
 from fewbits.methods.base import Effort, Known, Method
 
 DAMPING = 0.025
-"""Added to the Hessian's diagonal, times its mean, where no text is held out: of 0.003 to 0.1 what loses least of text
-not looked at, on matrices of smollm2-576 and smollm2-768 with 16 thousand tokens."""
+"""Added to the Hessian's diagonal, times its mean: of 0.003 to 0.1 what loses least of text not looked at, on matrices
+of smollm2-576 and smollm2-768 with 16 thousand tokens. What a held-out part of the windows chooses leaves .94 of that
+of single matrices, but the whole of smollm2-768, judged on text of another kind, lost 1 % more."""
 RETRIES = 12
 ROWS = 256
 """Outputs that a thread takes at once: always so many, since the last bits of matrix products depend on it."""
@@ -357,8 +358,7 @@ class AQLM(Method):
         hessian = np.eye(columns, dtype=np.float32) if known.hessian is None else known.hessian
         scales = np.sqrt(np.einsum("oi,oi->o", weights, weights) / columns)
         codes = np.zeros((rows, columns // kind.group, kind.books), np.uint16)
-        moments = prepare(hessian, kind.group, known.damping or DAMPING)
-        fit = Fit(weights, moments, np.empty(0, np.float32), codes, scales, pool)
+        fit = Fit(weights, prepare(hessian, kind.group), np.empty(0, np.float32), codes, scales, pool)
         fit.words = residual_means(fit.normalized(slice(None)), kind)
         for _ in range(FEEDS):
             fit.feed()
