@@ -195,12 +195,6 @@ def _no_zeros(values: Doubles) -> Doubles:
     return np.maximum(values, SMALLEST * mean) if mean > 0 else np.ones_like(values)
 
 
-def damping_of(known: Known) -> float:
-    """What does best on text held out, but no less than usual: what it was chosen by knows nothing of noise that leaves
-    the codebook's reach. Of the loss on other text it leaves .95 to .97 where more is better (`down_proj`)."""
-    return max(DAMPING, known.damping or 0)
-
-
 def expected_errors(weights: Floats, hessian: Floats, bits: Iterable[int]) -> dict[int, Doubles]:
     """What LDLQ is going to lose, without doing it; on real layers within 3 %.
 
@@ -236,7 +230,7 @@ class LDLQ(Method):
         regular = regularize(weights, known.hessian, GAIN[kind.bits])
         lower = None
         if known.hessian is not None:
-            lower = decompose(known.hessian, regular.inputs.astype(np.float32), damping_of(known)).lower
+            lower = decompose(known.hessian, regular.inputs.astype(np.float32)).lower
         states, coded = _code(regular.noise, lower, kind, known.device, pool)
         regular = refit(weights, regular, lambda rows: regular.decode(coded[rows], rows), known.hessian)
         return TrellisCoded(kind, kind.pack(states), half(regular.inputs), half(regular.outputs))

@@ -21,11 +21,11 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels.lattice import DIMENSIONS
 from fewbits.methods.base import Effort, Known, Method
 from fewbits.methods.ldlq import (
+    DAMPING,
     OUTPUTS,
     Decomposed,
     Regular,
     Rotation,
-    damping_of,
     decompose,
     feed_back,
     half,
@@ -63,7 +63,7 @@ class QuIP(Method):
         regular = regularize(weights, hessian, GAIN[kind.bits], WHOLE, weights.shape[1], OUTPUTS_POWER)
         feedback = None
         if hessian is not None:
-            found = decompose(hessian, regular.inputs.astype(np.float32), damping_of(known), WHOLE, DIMENSIONS)
+            found = decompose(hessian, regular.inputs.astype(np.float32), DAMPING, WHOLE, DIMENSIONS)
             regular = _leave_room(regular, found, kind)
             scales = regular.inputs.astype(np.float32)
             sweeps = SWEEPS[known.effort]

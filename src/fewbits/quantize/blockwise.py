@@ -170,7 +170,7 @@ class BlockwiseRun:
 
     @property
     def holds_out(self) -> bool:
-        return bool(hessians_of(self.methods) & {"factor", "whole"})
+        return "factor" in hessians_of(self.methods)
 
     @property
     def methods(self) -> set[str]:
