@@ -184,7 +184,7 @@ def test_loses_less_with_more_effort(tmp_path: Path) -> None:
     unseen.write_text(words[len(words) // 2 :])
     lost = {}
     for effort in ("fast", "default", "thorough"):
-        out = made(demo / "model", "Q3_K", seen, effort, chunks=24)
+        out = made(demo / "model", "Q2_K", seen, effort, chunks=24)
         lost[effort] = fewbits.measure(out, text=unseen, reference=demo / "model", chunks=6).comparison.kl.mean.value
     assert lost["default"] < 0.9 * lost["fast"]
     assert lost["thorough"] < 0.97 * lost["default"]
