@@ -11,11 +11,10 @@ import numpy as np
 
 from fewbits.codecs.base import Bytes, Codec, Floats
 from fewbits.codecs.storage import Coded, StorageType
+from fewbits.kernels.lanes import F16_MAX
 
 if TYPE_CHECKING:
     import torch
-
-F16_MAX = 65504
 
 
 @dataclass(frozen=True)

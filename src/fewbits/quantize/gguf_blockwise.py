@@ -32,7 +32,7 @@ from fewbits.methods import method
 from fewbits.methods.base import Effort
 from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedTensor
-from fewbits.plan.tensors import layer_of
+from fewbits.plan.tensors import OUTPUT, layer_of, role
 from fewbits.quantize.importances import Progress
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
-HEAD = "output.weight"
 STATE = "activations"
 """Within the folder of a run: what it goes on from."""
 
@@ -100,13 +99,13 @@ def _places(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
     every = {
         source: Place(tensor, part)
         for tensor in arch.gguf_tensors(model.config, shapes)
-        if layer_of(tensor.name) >= 0 or tensor.name == HEAD
+        if layer_of(tensor.name) >= 0 or role(tensor.name) == OUTPUT
         for part, source in enumerate(tensor.sources)
     }
     linears = arch.decoder_linears(model.config, shapes)
     plain = {linear.weight: every[linear.weight] for linear in linears if linear.plain}
     movable = len(plain) == len(linears)
-    plain |= {source: place for source, place in every.items() if place.tensor.name == HEAD}
+    plain |= {source: place for source, place in every.items() if role(place.tensor.name) == OUTPUT}
     return (every if movable else plain), plain
 
 
@@ -189,7 +188,7 @@ def quantize_blockwise(
         )
         run.run(first, done, progress)
         for source, place in linears.items():
-            if place.tensor.name == HEAD:
+            if role(place.tensor.name) == OUTPUT:
                 run.head(source, np.ascontiguousarray(model.read(source), np.float32))
     return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
 
