@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
+from fewbits.cluster import workers_at
 from fewbits.errors import FewbitsError
 from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
@@ -199,6 +200,7 @@ def quantize(
     measure_chunks: int | None = None,
     budget: Budget | None = None,
     verify: bool = True,
+    cluster: str | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
@@ -210,6 +212,7 @@ def quantize(
         measure_chunks: most windows of it.
         budget: see `plan`.
         verify: decode everything that was written once more.
+        cluster: address of a Ray cluster whose processes do the work, see docs/cluster.md; None for threads.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
     `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
@@ -227,7 +230,8 @@ def quantize(
         job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)
+        with workers_at(cluster, threads) as workers:
+            report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress, workers)
         if verify:
             check_made([Path(output)], threads, progress)
         if measure_text is not None:
@@ -242,10 +246,12 @@ def quantize(
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
     request = _request(target, mixture, split_max_size, output, edited)
     texts, folder = _paths(calibration), Path(hessians) if hessians else None
-    made = GGUFJob.of(
-        source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
-    )
-    report = made.execute(overwrite)
+    with workers_at(cluster, threads) as workers:
+        made = GGUFJob.of(
+            *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
+            *(effort, workers),
+        )
+        report = made.execute(overwrite)
     if verify:
         check_made([Path(output).with_name(file.name) for file in report.files], threads, progress)
     return report

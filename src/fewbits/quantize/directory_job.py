@@ -45,6 +45,7 @@ from fewbits.quantize.onnx_job import graph_files, without_nulls
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+    from fewbits.workers import Workers
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -171,7 +172,14 @@ class DirectoryJob:
         kept = measured.to_json() if measured else None
         return replace(self, plan=plan, budget=None, measured=kept, seconds=time.monotonic() - started)
 
-    def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
+    def execute(
+        self,
+        output: Path,
+        threads: int | None,
+        overwrite: bool,
+        progress: Progress | None,
+        workers: Workers | None = None,
+    ) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
@@ -184,7 +192,7 @@ class DirectoryJob:
                 files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
             finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish
+            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish, workers
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 

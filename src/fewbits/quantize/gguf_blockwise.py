@@ -37,6 +37,7 @@ from fewbits.quantize.importances import Progress
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+    from fewbits.workers import Workers
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
@@ -118,6 +119,7 @@ def quantize_blockwise(
     threads: int | None = None,
     progress: Progress | None = None,
     effort: Effort = "default",
+    workers: Workers | None = None,
 ) -> dict[str, ReadBytes]:
     """Quantize the linears of the decoder blocks, and the head.
 
@@ -125,6 +127,7 @@ def quantize_blockwise(
         text: what calibrates the model.
         folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
         identity: of plan, model, text and whatever else the result follows from.
+        workers: see `BlockwiseRun`.
 
     Returns:
         By GGUF name, what reads a tensor's bytes.
@@ -185,6 +188,7 @@ def quantize_blockwise(
             *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
             effort=effort,
             norms=torch.float32 if rescaling else None,
+            workers=workers,
         )
         run.run(first, done, progress)
         for source, place in linears.items():

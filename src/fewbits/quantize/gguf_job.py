@@ -37,6 +37,7 @@ from fewbits.quantize.importances import (
 )
 from fewbits.quantize.learned import Learned
 from fewbits.quantize.planning import PlanRequest, default_output, make_plan
+from fewbits.workers import Workers
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -52,6 +53,7 @@ class GGUFJob:
         budget: how much the file may take, where types are chosen freely.
         effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
             block with error feedback.
+        workers: of a cluster, who take slabs, matrices and windows of text; budgets are spent here.
     """
 
     model: str | Path
@@ -64,6 +66,7 @@ class GGUFJob:
     threads: int | None
     progress: Progress | None
     effort: Effort = "default"
+    workers: Workers | None = None
 
     @staticmethod
     def of(
@@ -77,6 +80,7 @@ class GGUFJob:
         threads: int | None,
         progress: Progress | None,
         effort: Effort = "default",
+        workers: Workers | None = None,
     ) -> GGUFJob:
         """Read the headers.
 
@@ -114,7 +118,7 @@ class GGUFJob:
         request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
         return GGUFJob(
-            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort
+            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort, workers
         )  # fmt: skip
 
     @property
@@ -139,7 +143,7 @@ class GGUFJob:
         started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output)[1]
-            return execute(plan, self.source, self.output, self.threads, overwrite, self.progress)
+            return self._write(plan, self.source, overwrite, Learned())
         scratch = self.output.with_name(f"{self.output.name}.blocks")
         before = unfinished(scratch)
         statistics, file = promised(
@@ -156,10 +160,13 @@ class GGUFJob:
         source, plan, found = self._made(statistics, file)
         made = self._blockwise(plan, scratch) if self.feeds_back and found is not None else {}
         learned = Learned(found or {}, self.factors, made)
-        report = execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
+        report = self._write(plan, source, overwrite, learned)
         if made:
             shutil.rmtree(scratch, ignore_errors=True)
         return report.model_copy(update={"seconds": time.monotonic() - started})
+
+    def _write(self, plan: Plan, source: GGUFSource, overwrite: bool, learned: Learned) -> QuantizeReport:
+        return execute(plan, source, self.output, self.threads, overwrite, self.progress, learned, self.workers)
 
     @property
     def feeds_back(self) -> bool:
@@ -181,13 +188,13 @@ class GGUFJob:
 
     def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
         run = (plan, self._opened, self._text, scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, self.progress, self.effort)
+        return quantize_blockwise(*run, self.threads, self.progress, self.effort, self.workers)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
         gradients = self.budget is not None
         return calibrate_texts(
-            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress
+            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress, self.workers
         )  # fmt: skip
 
     def _made(self, statistics: Statistics | None, file: Path) -> tuple[GGUFSource, Plan, Importances | None]:
