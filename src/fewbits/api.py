@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
+from fewbits.checkpoint.urls import is_url
 from fewbits.cluster import workers_at
 from fewbits.errors import FewbitsError
 from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
+from fewbits.formats.upload import local_output
 from fewbits.methods.base import Effort
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.directory import is_directory_target
@@ -56,7 +59,7 @@ class Inspection(BaseModel):
 
 
 def open(source: str | Path) -> Model:
-    """Open a model directory, a GGUF file or a hub id; see `fewbits.checkpoint.open_model`."""
+    """Open a model directory, a GGUF file, a hub id or a URL; see `fewbits.checkpoint.open_model`."""
     return open_model(source)
 
 
@@ -207,6 +210,7 @@ def quantize(
     Arguments as for `plan`, `fewbits.quantize.execute` and `fewbits.quantize.directory.execute_directory`.
 
     Args:
+        output: a path, or the URL of a store, to which the result is uploaded once it is whole.
         device: where the calibration of a directory runs.
         measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
         measure_chunks: most windows of it.
@@ -221,40 +225,45 @@ def quantize(
         FewbitsError: bad input, an output that exists, a full disk, files that do not decode to finite weights; nothing
             is left under the final name.
     """
-    if is_directory_target(target):
+    directory = is_directory_target(target)
+    if directory:
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
-        _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-        check_directory_output(Path(output), overwrite, Path(source))
+    else:
+        _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
+    _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
+    texts = _paths(calibration)
+    with local_output(output, overwrite) as place, workers_at(cluster, threads) as workers:
+        if not directory:
+            request, folder = (
+                _request(target, mixture, split_max_size, place, edited),
+                Path(hessians) if hessians else None,
+            )
+            made = GGUFJob.of(
+                *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
+                *(effort, workers),
+            )
+            report = made.execute(overwrite)
+            if verify:
+                check_made([place.with_name(file.name) for file in report.files], threads, progress)
+            return report
+        check_directory_output(place, overwrite, None if is_url(source) else Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
-        options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
+        options = (method, keep, split_max_size, texts, calibration_chunks, device, budget, saved)
         job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
+        job = replace(job, named=str(output) if is_url(output) else None)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        with workers_at(cluster, threads) as workers:
-            report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress, workers)
+        report = job.spent(threads, progress).execute(place, threads, overwrite, progress, workers)
         if verify:
-            check_made([Path(output)], threads, progress)
+            check_made([place], threads, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
             told = measure(
-                output, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
+                place, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
             )
-            job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
+            job.tell_loss(place, Measured(told.rows(), told.ruler(), Path(measure_text).name))
         return report
-    _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
-    _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-    request = _request(target, mixture, split_max_size, output, edited)
-    texts, folder = _paths(calibration), Path(hessians) if hessians else None
-    with workers_at(cluster, threads) as workers:
-        made = GGUFJob.of(
-            *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
-            *(effort, workers),
-        )
-        report = made.execute(overwrite)
-    if verify:
-        check_made([Path(output).with_name(file.name) for file in report.files], threads, progress)
-    return report
 
 
 def _request(

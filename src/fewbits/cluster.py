@@ -76,7 +76,8 @@ def _ray() -> Any:
 
 
 def _start(ray: Any, address: str, threads: int | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "configure_logging": False}
     try:
         if address == LOCAL:
             ray.init(address=LOCAL, include_dashboard=False, num_cpus=threads or os.cpu_count() or 1, **quiet)
@@ -93,14 +94,15 @@ class RayWorkers(Workers):
 
     Args:
         ray: the module, connected.
+        tries: how often a task whose worker died is given to another.
     """
 
     remote = True
 
-    def __init__(self, ray: Any) -> None:
-        self.ray = ray
+    def __init__(self, ray: Any, tries: int = TRIES) -> None:
+        self.ray, self.tries = ray, tries
         self._count, self._counted = 0, float("-inf")
-        self.do = ray.remote(max_retries=TRIES, num_cpus=1)(_worker())
+        self.do = ray.remote(max_retries=tries, num_cpus=1)(_worker())
         self.versions = versions()
         self._told: set[str] = set()
 
@@ -125,7 +127,7 @@ class RayWorkers(Workers):
         except self.ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise FewbitsError(
-                f"{what}: its worker died {TRIES + 1} times ({type(error).__name__}: {reason}).",
+                f"{what}: its worker died {self.tries + 1} times ({type(error).__name__}: {reason}).",
                 "Look for its machine's memory, or quantize without --cluster.",
             ) from None
         if outcome == "refused":

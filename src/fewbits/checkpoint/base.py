@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fewbits.checkpoint.urls import fetch_url
 from fewbits.codecs import CODECS
 from fewbits.errors import FewbitsError
 
@@ -47,13 +48,15 @@ class Checkpoint(ABC):
 
     path: Path
     tensors: Mapping[str, TensorInfo]
+    url: str | None = None
+    """Where the files at `path` were fetched from, if they were."""
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, it is a path: it is opened anew where it arrives."""
-        return _opened_elsewhere, (type(self), self.path.absolute(), self.headers)
+        """Pickled, it is a path or a URL: it is opened anew where it arrives."""
+        return _opened_elsewhere, (type(self), self.url or self.path.absolute(), self.headers)
 
     @cached_property
     def headers(self) -> str:
@@ -117,12 +120,13 @@ class Checkpoint(ABC):
         return self.lines(name, start * per_row, stop * per_row).reshape(stop - start, *shape[1:])
 
 
-def _opened_elsewhere(kind: type[Checkpoint], path: Path, headers: str) -> Checkpoint:
+def _opened_elsewhere(kind: type[Checkpoint], source: str | Path, headers: str) -> Checkpoint:
     """What was pickled in another process, maybe on another machine.
 
     Raises:
         FewbitsError: there is no such path here, or another model under it.
     """
+    path = source if isinstance(source, Path) else fetch_url(source)
     if not path.exists():
         raise FewbitsError(
             f"{path}: the worker on {socket.gethostname()} sees no such path.",

@@ -17,7 +17,7 @@ from fewbits.quantize import QuantizeReport, default_output
 def command(
     model: o.ModelArgument,
     target: o.TargetArgument,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to make.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="The file to make, or its URL.")] = None,
     tensor_type: o.TensorTypes = None,
     output_tensor_type: o.OutputType = None,
     token_embedding_type: o.EmbeddingType = None,
@@ -81,12 +81,12 @@ def command(
         )
         plan_verb.show(made, json)
         return
-    output = output or output_beside(model, target)
+    place = output or output_beside(model, target)
     with progress_bar() as progress:
         report = api.quantize(
             model,
             target,
-            output,
+            place,
             mixture=mixture,
             split_max_size=split,
             edited=plan,

@@ -69,6 +69,7 @@ class DirectoryJob:
         budget: what an open target may take, until it is spent.
         measured: what the measuring pass found, to be kept beside the weights.
         seconds: that spending the budget took.
+        named: the output as the command line names it, where that is a URL.
     """
 
     model: Model
@@ -82,6 +83,7 @@ class DirectoryJob:
     measurement: Path | None = None
     measured: bytes | None = None
     seconds: float = 0.0
+    named: str | None = None
 
     @staticmethod
     def of(
@@ -243,12 +245,12 @@ class DirectoryJob:
         """The model card.
 
         Args:
-            output: the directory, as the command line names it.
+            output: the directory.
             measured: the loss, once it is known.
         """
         target, text = self.request.target, self.text
         mixture = mixture_of(self.plan, self.model, target)
-        rest = ["-o", str(output), *_flags("--measure", [measured.text] if measured else [])]
+        rest = ["-o", self.named or str(output), *_flags("--measure", [measured.text] if measured else [])]
         used = None
         if text is not None:
             names = [Path(name).name for name in text.datasets]
