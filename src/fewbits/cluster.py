@@ -33,6 +33,13 @@ COUNT_EVERY = 5.0
 """Seconds between two looks at how large the cluster is."""
 JOBS_KEPT = 2
 """Jobs that a worker keeps unpickled: a model is opened once, not once a task."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else pages on a dead machine go to stdout, where data goes
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning on what a later version will do
+    "RAY_worker_niceness": "0",  # else workers starve beside anything else
+}
+"""How Ray is told to keep to itself."""
 COMPARED = ("numpy", "numba", "llvmlite", "torch", "transformers")
 """Packages whose versions results depend on."""
 
@@ -64,10 +71,9 @@ def workers_at(address: str | None, threads: int | None = None) -> Iterator[Work
 
 
 def _ray() -> Any:
-    """Ray, told to keep quiet and to itself before it is imported."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on what a later version will do
+    """Ray, which looks at its environment when it is imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:
