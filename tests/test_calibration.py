@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import fewbits
-from fewbits.calibration import Statistics, TensorStatistics, read_statistics, resume, write_statistics
+from fewbits.calibration import Statistics, TensorStatistics, read_statistics, write_statistics
 from fewbits.calibration.hessians import open_block
 from fewbits.calibration.run import calibrate
 from fewbits.calibration.texts import read_texts
 from fewbits.errors import FewbitsError
+from fewbits.formats import journal
 from fewbits.forward import streamed
 from fewbits.forward.text import encode
 from tiny_models import TINY, save_tiny, tiny_tokenizer
@@ -423,8 +424,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     options = {"context": CONTEXT, "threads": 1}
     whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
     calibrate(folder, text, whole, hessians=tmp_path / "h-whole", **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(journal, "SAFE_EVERY", 0.0)
+    monkeypatch.setattr(journal, "SAFE_SHARE", 1e9)
 
     def stop(done: int, total: int, what: str) -> None:
         if done == after:
@@ -449,8 +450,8 @@ def test_hessians_of_another_run_are_not_gone_on_with(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two interrupted runs share the folder of Hessians: each finds out that what lies there is not its own."""
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(resume, "SAVING_SHARE", 1.0)
+    monkeypatch.setattr(journal, "SAFE_EVERY", 0.0)
+    monkeypatch.setattr(journal, "SAFE_SHARE", 1.0)
     folder = save_tiny(tmp_path / "model", "llama", {"num_hidden_layers": 4})
     other = tmp_path / "other.txt"
     other.write_text("winter banner tin " * 300, "utf-8")
@@ -481,7 +482,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, text: Path, tiny: Path) -> N
 
 def test_a_damaged_state_means_beginning_anew(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(journal, "SAFE_EVERY", 0.0)
 
     def stop(done: int, total: int, what: str) -> None:
         raise Stop
@@ -489,7 +490,7 @@ def test_a_damaged_state_means_beginning_anew(tmp_path: Path, text: Path, monkey
     output = tmp_path / "out.gguf"
     with pytest.raises(Stop):
         calibrate(folder, text, output, context=CONTEXT, progress=stop)
-    state = tmp_path / "out.gguf.partial" / "after-00001" / "hidden.npy"
+    state = tmp_path / "out.gguf.partial" / "activations" / "after-00001" / "hidden.npy"
     state.write_bytes(state.read_bytes()[:100])
     assert calibrate(folder, text, output, context=CONTEXT).report.resumed_after == 0
     with pytest.raises(Stop):

@@ -175,18 +175,20 @@ def test_an_output_that_exists_is_kept(tmp_path: Path, model: Path) -> None:
     assert output.read_bytes()[:4] == b"GGUF"
 
 
-def test_a_kill_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM while the file is being written: the partial file goes, too."""
+def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
+    """SIGTERM while the file is being written: what is done of it stays, under another name."""
+    output = tmp_path / "x.gguf"
     code = (
-        "import os, signal, sys; from pathlib import Path; from fewbits.cli import main; import fewbits.api as api\n"
-        "import fewbits.formats.gguf.writer as w\n"
-        "plain = w.AtomicFile.write\n"
-        "def write(self, data):\n"
-        "    plain(self, data); assert self.partial.exists(); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "w.AtomicFile.write = write\n"
-        f"sys.argv = ['fewbits', 'quantize', {str(MODEL)!r}, 'Q8_0', '-o', {str(tmp_path / 'x.gguf')!r}]\n"
+        "import os, signal, sys; from fewbits.cli import main; from fewbits.formats.tensor_files import TensorFiles\n"
+        "plain = TensorFiles.put\n"
+        "def put(self, name, pieces):\n"
+        "    plain(self, name, pieces); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "TensorFiles.put = put\n"
+        f"sys.argv = ['fewbits', 'quantize', {str(MODEL)!r}, 'Q8_0', '-o', {str(output)!r}]\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 143, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.gguf.partial"]
+    assert fewbits("quantize", MODEL, "Q8_0", "-o", output).returncode == 0
+    assert list(tmp_path.iterdir()) == [output]

@@ -21,7 +21,8 @@ from fewbits.formats.directory import card as cards
 from fewbits.formats.directory.card import CalibrationUsed, CardFacts, Measured, Origin, model_card, origin_of
 from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
-from fewbits.formats.directory.writer import DirectoryWriter, lay_out
+from fewbits.formats.directory.writer import lay_out
+from test_directory_format import writing
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -39,7 +40,7 @@ def test_what_goes_along_from_a_directory(tmp_path: Path) -> None:
     assert found.notes == []
     assert found.files.keys() == wanted.keys() | {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert all(data == (source / name).read_bytes() for name, data in found.files.items())
-    with DirectoryWriter(tmp_path / "m", lay_out([])) as opened:
+    with writing(tmp_path / "m", lay_out([]), {}) as opened:
         for name, data in found.files.items():
             opened.add_file(name, data)
     assert (tmp_path / "m" / "additional_chat_templates" / "tools.jinja").read_text() == "y"
@@ -84,7 +85,7 @@ def test_what_goes_along_from_a_gguf(tmp_path: Path) -> None:
     found = companions(model)
     assert found.notes == []
     out = tmp_path / "out"
-    with DirectoryWriter(out, lay_out([]), {**found.files, "config.json": config_json(model, None, "BF16")}):
+    with writing(out, lay_out([]), {**found.files, "config.json": config_json(model, None, "BF16")}):
         pass
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer("the end and").input_ids == tiny_tokenizer()("the end and").input_ids

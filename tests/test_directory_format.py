@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from fewbits.errors import FewbitsError
 from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.shards import NUMPY_TYPES, Entry, ShardFile, lay_out
 from fewbits.formats.directory.writer import DirectoryWriter, check_directory_output
+from fewbits.formats.journal import Journal
+from fewbits.formats.work import WorkFolder
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.uint8: "U8"}
@@ -58,9 +61,26 @@ def entries(units: bool = False) -> list[Entry]:
     ]
 
 
+@contextmanager
+def writing(
+    path: Path,
+    shards: Sequence[ShardFile],
+    files: Mapping[str, bytes] = OURS,
+    overwrite: bool = False,
+    run: str = "this",
+) -> Iterator[DirectoryWriter]:
+    """A writer in its work folder, whose directory gets its final name in the end."""
+    with (
+        WorkFolder(path, {"run": run}, overwrite) as work,
+        DirectoryWriter(work, shards, files, overwrite) as writer,
+    ):
+        yield writer
+        work.publish({writer.finish(): path}, {})
+
+
 def write(path: Path, limit: int = 10**9, **options: object) -> list[ShardFile]:
     shards = lay_out(entries(), limit)
-    with DirectoryWriter(path, shards, OURS, **options) as writer:  # type: ignore[arg-type]
+    with writing(path, shards, **options) as writer:  # type: ignore[arg-type]
         for name, tensor in tensors().items():
             if not writer.has(name):
                 writer.put(name, numpy_of(tensor))
@@ -130,7 +150,7 @@ def test_sizes_are_exact(tmp_path_factory: pytest.TempPathFactory, entries: list
     shards = lay_out(entries, limit)
     contents = {entry.name: random.Random(seed).randbytes(entry.nbytes) for entry in entries}
     order = random.Random(seed).sample(entries, len(entries))
-    with DirectoryWriter(path, shards, {"config.json": b"{}"}) as writer:
+    with writing(path, shards, {"config.json": b"{}"}) as writer:
         for entry in order:
             writer.put(entry.name, contents[entry.name])
         predicted = writer.nbytes
@@ -168,7 +188,7 @@ def test_transformers_loads_what_we_write(tmp_path: Path) -> None:
     assert len(shards) > 2
     source = open_model(save_tiny(tmp_path / "source", "llama"))
     files = {"config.json": config_json(source, None, "F32"), **companions(source).files}
-    with DirectoryWriter(tmp_path / "m", shards, files) as writer, ThreadPoolExecutor(8) as pool:
+    with writing(tmp_path / "m", shards, files) as writer, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: writer.put(item[0], item[1].numpy()), reversed(state.items())))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert loaded.dtype == torch.float32
@@ -182,10 +202,9 @@ def test_transformers_loads_what_we_write(tmp_path: Path) -> None:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[DirectoryWriter]:
-    with pytest.raises(StopIteration), DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS) as opened:
+    with pytest.raises(StopIteration), writing(tmp_path / "m", lay_out(entries())) as opened:
         yield opened
         raise StopIteration
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -243,7 +262,7 @@ def test_a_failing_source_leaves_the_tensor_open(writer: DirectoryWriter) -> Non
 
 def test_strided_arrays_are_written_in_their_order(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.float32).reshape(4, 3).T
-    with DirectoryWriter(tmp_path / "m", lay_out([Entry("w", "F32", (3, 4))])) as opened:
+    with writing(tmp_path / "m", lay_out([Entry("w", "F32", (3, 4))])) as opened:
         opened.put("w", values)
     np.testing.assert_array_equal(load_file(tmp_path / "m" / "model.safetensors")["w"].numpy(), values)
 
@@ -251,13 +270,13 @@ def test_strided_arrays_are_written_in_their_order(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(FewbitsError, match=r"5 tensors were not written, 'nothing' among them"),
-        DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS) as opened,
+        writing(tmp_path / "m", lay_out(entries())) as opened,
     ):
         opened.put("b.weight", bytes(60))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["../x.json", "a/b.json", "model.py", "state.json", "model.safetensors", "x.bin"])
+@pytest.mark.parametrize("name", ["../x.json", "a/b.json", "model.py", "model.safetensors", "x.bin"])
 def test_foreign_files_are_not_written(writer: DirectoryWriter, name: str) -> None:
     with pytest.raises(FewbitsError, match="no file of a model directory"):
         writer.add_file(name, b"")
@@ -266,10 +285,18 @@ def test_foreign_files_are_not_written(writer: DirectoryWriter, name: str) -> No
 # --- the final name ---
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS) as opened:
+def test_an_interrupt_leaves_what_is_done(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "m", lay_out(entries())) as opened:
         opened.put("b.weight", bytes(60))
-        assert opened.partial.is_dir()
+        raise KeyboardInterrupt
+    with pytest.raises(FewbitsError, match="nothing more"), writing(tmp_path / "m", lay_out(entries())) as opened:
+        assert opened.has("b.weight")
+        raise FewbitsError("nothing more")
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.partial"]
+
+
+def test_an_interrupt_before_anything_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "m", lay_out(entries())):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -279,10 +306,10 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_directory_format as t
-with t.DirectoryWriter(Path({path!r}), t.lay_out(t.entries()), t.OURS, resume_key="key") as writer:
-    for name in ("b.weight", "a.qweight"):
-        writer.put(name, t.numpy_of(t.tensors()[name]))
-    writer.checkpoint(["b.weight"])
+with t.writing(Path({path!r}), t.lay_out(t.entries())) as writer:
+    writer.put("b.weight", t.numpy_of(t.tensors()["b.weight"]))
+    writer.tensors.flush()
+    writer.put("a.qweight", t.numpy_of(t.tensors()["a.qweight"]))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -292,8 +319,9 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert not path.exists()
-    (tmp_path / "m.partial" / ".state.json.1.partial").write_text("killed while recording")
-    with DirectoryWriter(path, lay_out(entries()), OURS, resume_key="key") as opened:
+    with open(tmp_path / "m.partial" / "journal", "ab") as journal:
+        journal.write(b'0123abcd {"tensor": "a.qw')  # killed while recording
+    with writing(path, lay_out(entries())) as opened:
         assert [entry.name for entry in entries() if opened.has(entry.name)] == ["b.weight"]
         with pytest.raises(FewbitsError, match="twice"):
             opened.put("b.weight", bytes(60))
@@ -307,26 +335,23 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"m", "straight"}
 
 
-def unfinished(path: Path, key: str = "key") -> None:
-    with pytest.raises(ValueError), DirectoryWriter(path, lay_out(entries()), OURS, resume_key=key) as opened:
-        opened.put("b.weight", bytes(60))
-        opened.checkpoint(["b.weight"])
-        (opened.scratch / "activations").write_bytes(b"x")
+def unfinished(path: Path) -> None:
+    with pytest.raises(ValueError), writing(path, lay_out(entries())) as opened:
+        opened.put("b.weight", numpy_of(tensors()["b.weight"]))
+        opened.work.keep("note", b"x")
         raise ValueError
 
 
 def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "m"
     unfinished(path)
+    with pytest.raises(FewbitsError, match=r"run: this -> other.*--overwrite"), writing(path, [], run="other"):
+        pass
     other = lay_out([*entries(), Entry("more", "F32", (1,))])
-    for shards, key in ((lay_out(entries()), "other"), (other, "key")):
-        with (
-            pytest.raises(FewbitsError, match=r"another model, text or options.*--overwrite"),
-            DirectoryWriter(path, shards, OURS, resume_key=key),
-        ):
-            pass
-    with DirectoryWriter(path, lay_out(entries()), OURS, resume_key="key") as opened:
-        assert (opened.scratch / "activations").read_bytes() == b"x"
+    with pytest.raises(FewbitsError, match="another layout of files"), writing(path, other):
+        pass
+    with writing(path, lay_out(entries())) as opened:
+        assert opened.work.read("note") == b"x"
         assert opened.has("b.weight")
         for name, tensor in tensors().items():
             if not opened.has(name):
@@ -336,9 +361,9 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     unfinished(tmp_path / "m")
-    with DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, overwrite=True, resume_key="other") as opened:
+    with writing(tmp_path / "m", lay_out(entries()), overwrite=True, run="other") as opened:
         assert not any(opened.has(entry.name) for entry in entries())
-        assert list(opened.scratch.iterdir()) == []
+        assert opened.work.read("note") is None
         for name, tensor in tensors().items():
             opened.put(name, numpy_of(tensor))
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]
@@ -346,31 +371,33 @@ def test_overwrite_begins_anew(tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_not_resumed(tmp_path: Path) -> None:
     unfinished(tmp_path / "m")
-    os.truncate(tmp_path / "m.partial" / "model.safetensors", 100)
-    write(tmp_path / "m", resume_key="key")
+    os.truncate(tmp_path / "m.partial" / "result" / "model.safetensors", 100)
+    write(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == save(tensors(), {"format": "pt"})
 
 
-def test_only_what_is_written_is_recorded(tmp_path: Path) -> None:
-    with (
-        pytest.raises(FewbitsError, match=r"'a\.scales' is recorded before it is written"),
-        DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key") as opened,
-    ):
-        opened.checkpoint(["a.scales"])
-    assert list(tmp_path.iterdir()) == []  # nothing was recorded: nothing is kept
+def test_a_tensor_that_has_changed_on_the_disk_is_made_again(tmp_path: Path) -> None:
+    unfinished(tmp_path / "m")
+    shard = tmp_path / "m.partial" / "result" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # of b.weight, which has come last
+    shard.write_bytes(data)
+    with pytest.raises(KeyError), writing(tmp_path / "m", lay_out(entries())) as opened:
+        assert not opened.has("b.weight")
+        raise KeyError
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         pytest.raises(StopIteration),
-        DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key"),
+        writing(tmp_path / "m", lay_out(entries())),
     ):
         with (
             pytest.raises(FewbitsError, match="another run is writing it"),
-            DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key"),
+            writing(tmp_path / "m", lay_out(entries())),
         ):
             pass
-        assert (tmp_path / "m.partial" / "state.json").exists()
+        assert Journal(tmp_path / "m.partial" / "journal").entries
         raise StopIteration
 
 
@@ -384,7 +411,7 @@ def test_strangers_beside_the_output_are_kept(tmp_path: Path, kind: str) -> None
         (partial / "thesis.txt").write_text("precious")
     with (
         pytest.raises(FewbitsError, match="in the way"),
-        DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, overwrite=True, resume_key="key"),
+        writing(tmp_path / "m", lay_out(entries()), overwrite=True),
     ):
         pass
     assert (partial if kind == "file" else partial / "thesis.txt").read_text() == "precious"
@@ -397,13 +424,12 @@ def test_a_run_whose_last_step_failed_goes_on(tmp_path: Path, monkeypatch: pytes
 
     names = list(tensors())
     with monkeypatch.context() as patch, pytest.raises(FewbitsError, match="Permission denied"):
-        patch.setattr(os, "rename", refuse)
-        with DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key") as writer:
+        patch.setattr(os, "replace", refuse)
+        with writing(tmp_path / "m", lay_out(entries())) as writer:
             for name in names:
                 writer.put(name, numpy_of(tensors()[name]))
-            writer.checkpoint(names)
-    with DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS, resume_key="key") as writer:
-        assert all(writer.has(name) for name in names)
+    with WorkFolder(tmp_path / "m", {"run": "this"}) as work:
+        assert work.published
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m"]
     assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
@@ -463,7 +489,7 @@ def test_impossible_outputs_are_refused(tmp_path: Path) -> None:
 def test_what_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     with (
         pytest.raises(FewbitsError, match="the output exists"),
-        DirectoryWriter(tmp_path / "m", lay_out(entries()), OURS) as opened,
+        writing(tmp_path / "m", lay_out(entries())) as opened,
     ):
         for name, tensor in tensors().items():
             opened.put(name, numpy_of(tensor))
@@ -477,7 +503,7 @@ def test_what_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
 
 def test_room_is_checked_beforehand(tmp_path: Path) -> None:
     huge = lay_out([Entry("w", "F32", (2**20, 2**20, 2**8))])
-    with pytest.raises(FewbitsError, match="the disk has"), DirectoryWriter(tmp_path / "m", huge):
+    with pytest.raises(FewbitsError, match="the disk has"), writing(tmp_path / "m", huge):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -489,23 +515,23 @@ def test_room_for_what_is_already_there_is_not_asked_again(tmp_path: Path, monke
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _, usage=usage: usage)
         with (
             pytest.raises((KeyError, FewbitsError), match=expected),
-            DirectoryWriter(tmp_path / "m", lay_out([entry]), resume_key="key") as opened,
+            writing(tmp_path / "m", lay_out([entry])) as opened,
         ):
             if not opened.has("w"):
                 opened.put("w", bytes(1_000_000))
-                opened.checkpoint(["w"])
             raise KeyError("no end")
-    assert (tmp_path / "m.partial" / "state.json").exists()
+    assert Journal(tmp_path / "m.partial" / "journal").entries
 
 
 FULL = """
 import resource, sys
 from pathlib import Path
-from fewbits.formats.directory.writer import DirectoryWriter, Entry, lay_out
+sys.path.insert(0, {tests!r})
+from test_directory_format import Entry, lay_out, writing
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     shards = lay_out([Entry("w", "U8", ({size},))])
-    with DirectoryWriter(Path({path!r}), shards, {{"README.md": bytes(60_000)}}) as writer:
+    with writing(Path({path!r}), shards, {{"README.md": bytes(60_000)}}) as writer:
         writer.put("w", bytes({size}))
 except Exception as error:
     sys.exit(f"{{type(error).__name__}}: {{error}}")
@@ -513,19 +539,19 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("size", [100_000, 10])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, size: int) -> None:
+def test_a_full_disk_leaves_what_is_done(tmp_path: Path, size: int) -> None:
     """The file size limit makes the kernel refuse the write as a full disk would: of a shard, or of the last file."""
-    code = FULL.format(path=str(tmp_path / "m"), size=size)
+    code = FULL.format(tests=str(Path(__file__).parent), path=str(tmp_path / "m"), size=size)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("FewbitsError:") and "no room left on the disk" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("DiskError:") and "no room left on the disk" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ([] if size > 50_000 else ["m.partial"])
 
 
 def test_memory_is_not_needed_for_the_file(tmp_path: Path) -> None:
     """Pieces go to the disk one by one: 256 MB through a writer that never holds more than one of 4 MB."""
     size, piece = 256 << 20, 4 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with DirectoryWriter(tmp_path / "m", lay_out([Entry("w", "U8", (size,))])) as opened:
+    with writing(tmp_path / "m", lay_out([Entry("w", "U8", (size,))])) as opened:
         opened.put_pieces("w", (bytes(piece) for _ in range(size // piece)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # in KiB

@@ -66,7 +66,7 @@ def test_size_is_that_of_the_plan(tmp_path: Path, text: Path) -> None:
     plan = fewbits.plan(directory, "Q4_0", calibration=text, calibration_chunks=16)
     out = made(directory, "Q4_0", text)
     assert out.stat().st_size == plan.files[0].size
-    assert not out.with_name(out.name + ".blocks").exists()
+    assert not out.with_name(out.name + ".partial").exists()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         kept(run, index, block)
 
-    monkeypatch.setattr("fewbits.calibration.resume.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("fewbits.formats.journal.SAFE_EVERY", 0.0)
     monkeypatch.setattr(BlockwiseRun, "_block", stop)
     with pytest.raises(KeyboardInterrupt):
         made(directory, "Q4_0", text, overwrite=False)
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_a_folder_of_somebody_else_s_stays(tmp_path: Path, text: Path) -> None:
     directory = save_tiny(tmp_path / "model", "llama", LLAMA)
-    other = tmp_path / "default-Q4_0.gguf.blocks" / "letters.txt"
+    other = tmp_path / "default-Q4_0.gguf.partial" / "letters.txt"
     other.parent.mkdir()
     other.write_text("mine")
     with pytest.raises(FewbitsError, match="in the way"):

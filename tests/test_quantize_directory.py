@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits.calibration import resume
 from fewbits.errors import FewbitsError
+from fewbits.formats import journal
 from fewbits.forward.streamed import load_whole
 from fewbits.layouts import LAYOUTS
 from fewbits.plan import directory as plans
@@ -234,8 +234,8 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(resume, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(journal, "SAFE_EVERY", 0.0)
+    monkeypatch.setattr(journal, "SAFE_SHARE", 1e9)
     make("gptq:w4g64", tmp_path / "whole", texts)
     seen: list[int] = []
 

@@ -223,7 +223,8 @@ def quantize(
 
     Raises:
         FewbitsError: bad input, an output that exists, a full disk, files that do not decode to finite weights; nothing
-            is left under the final name.
+            is left under the final name. What is done of a long run stays in `<output>.partial`, and the same call goes
+            on from there.
     """
     directory = is_directory_target(target)
     if directory:
@@ -253,16 +254,18 @@ def quantize(
         job = replace(job, named=str(output) if is_url(output) else None)
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.spent(threads, progress).execute(place, threads, overwrite, progress, workers)
-        if verify:
-            check_made([place], threads, progress)
-        if measure_text is not None:
-            from fewbits.measure import measure  # imports torch, which quantizing does without
+        with job.work_folder(place, threads, overwrite) as work:
+            job = job.spent(threads, progress, work)
+            report = job.execute(place, threads, overwrite, progress, work, workers)
+            if verify:
+                check_made([place], threads, progress)
+            if measure_text is not None:
+                from fewbits.measure import measure  # imports torch, which quantizing does without
 
-            told = measure(
-                place, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
-            )
-            job.tell_loss(place, Measured(told.rows(), told.ruler(), Path(measure_text).name))
+                told = measure(
+                    place, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
+                )
+                job.tell_loss(place, Measured(told.rows(), told.ruler(), Path(measure_text).name), work)
         return report
 
 

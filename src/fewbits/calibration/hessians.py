@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from fewbits.calibration.collect import Inputs
 from fewbits.errors import FewbitsError
+from fewbits.formats.journal import sync
 
 Floats = npt.NDArray[np.float32]
 BLOCK_FILE = re.compile(r"blk\.\d+\.safetensors|\.blk\.\d+\.safetensors\.\d+\.partial")
@@ -59,6 +60,7 @@ def write_hessians(folder: Path, block: int, inputs: Sequence[Inputs], run: str,
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, {"fewbits": json.dumps({"same": same, "texts": list(texts), "run": run})})
+        sync(partial)
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:
         raise FewbitsError(
@@ -144,6 +146,11 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise FewbitsError(f"{folder}: it exists and is no folder of Hessians.", "Choose another name.")
     if not overwrite and any(folder.iterdir()):
         raise FewbitsError(f"{folder}: the output exists.", "Choose another name or pass --overwrite.")
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a folder of Hessians is until it is whole."""
+    return folder.with_name(f"{folder.name}.partial")
 
 
 def publish(partial: Path, folder: Path) -> None:

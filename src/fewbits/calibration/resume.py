@@ -1,13 +1,14 @@
-"""The state of an unfinished calibration, kept beside its output so that the next start goes on from there."""
+"""The state of an unfinished calibration, kept in its work folder so that the next start goes on from there."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,52 +16,25 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fewbits.calibration.statistics import TensorStatistics
-from fewbits.errors import FewbitsError
+from fewbits.formats.journal import Pace, checksum, sync
 
-OURS = re.compile(r"identity|\.new|after-\d+")
-SAVE_EVERY = 30.0
-"""Seconds of work between two states: what an interruption costs at most, beside the block it falls into."""
-SAVING_SHARE = 0.05
-"""Where a state takes long to write, the next one waits until writing takes no more than this share of the time."""
+HIDDEN, STATISTICS, FOUND, SUMS = "hidden.npy", "statistics.safetensors", "found.json", "checksums.json"
 
 
 @dataclass
-class WorkFolder:
-    """`<output>.partial/`: the live activations and the statistics after some block, whole or not there.
+class Activations:
+    """The windows' activations, and the statistics, after some block: whole or not there.
 
     Attributes:
-        identity: of model, text and arguments; a state of another identity is not used.
+        path: a folder for them.
         problem: why no state could be written, if so.
+        found: what else was found out about the blocks that are done, as JSON has it.
     """
 
     path: Path
-    identity: str
     problem: str = ""
-    _saved: float = field(default_factory=time.monotonic)
-    _wait: float = 0.0
-
-    def check(self, overwrite: bool) -> None:
-        """Raises:
-        FewbitsError: there is a state of another run, without `overwrite`.
-        """
-        if not self.path.exists():
-            return
-        try:
-            found = (self.path / "identity").read_text()
-        except OSError:
-            found = ""
-        if found == self.identity:
-            return
-        if not self.path.is_dir():
-            raise FewbitsError(f"{self.path}: it is in the way of what an unfinished calibration keeps.", "Move it.")
-        if not found and any(not OURS.fullmatch(entry.name) for entry in self.path.iterdir()):
-            raise FewbitsError(f"{self.path}: it is in the way of what an unfinished calibration keeps.", "Move it.")
-        if found and not overwrite:
-            raise FewbitsError(
-                f"{self.path}: an unfinished calibration with another model, text or options.",
-                "Repeat it with the same, or pass --overwrite to begin anew.",
-            )
-        shutil.rmtree(self.path)
+    found: Any = None
+    _pace: Pace = field(default_factory=Pace)
 
     def load(self, hidden: torch.Tensor) -> tuple[int, dict[str, TensorStatistics]]:
         """Restore the activations in place.
@@ -70,46 +44,57 @@ class WorkFolder:
         """
         for state in sorted(self.path.glob("after-*"), reverse=True):
             try:
-                live = np.load(state / "hidden.npy", mmap_mode="r", allow_pickle=False)
+                sums = json.loads((state / SUMS).read_bytes())
+                if sums != _sums(state):
+                    continue
+                live = np.load(state / HIDDEN, mmap_mode="r", allow_pickle=False)
                 if live.shape != tuple(hidden.shape) or live.dtype != np.float32:
                     continue
-                arrays = load_file(state / "statistics.safetensors")
+                arrays = load_file(state / STATISTICS)
                 names = [name.removesuffix(".sums") for name in arrays if name.endswith(".sums")]
                 tensors = {n: TensorStatistics(arrays[f"{n}.sums"], arrays[f"{n}.counts"]) for n in names}
+                found = json.loads((state / FOUND).read_bytes())
                 hidden.numpy()[...] = live
             except (OSError, ValueError, KeyError, EOFError, SafetensorError):
                 continue
+            self.found = found
             return int(state.name.removeprefix("after-")), tensors
         return 0, {}
 
-    def save_if_due(self, blocks: int, hidden: torch.Tensor, tensors: dict[str, TensorStatistics]) -> None:
-        """Keep the state after so many blocks, if the last one is old enough. Failing to is no error."""
-        now = time.monotonic()
-        if self.problem or now - self._saved < max(SAVE_EVERY, self._wait):
-            return
+    def due(self) -> bool:
+        """Whether the last state is old enough."""
+        return not self.problem and self._pace.due()
+
+    def save(
+        self, blocks: int, hidden: torch.Tensor, tensors: dict[str, TensorStatistics] | None = None, found: Any = None
+    ) -> None:
+        """Keep the state after so many blocks. Failing to is no error."""
+        started = time.monotonic()
         fresh = self.path / ".new"
         state = self.path / f"after-{blocks:05}"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            (self.path / "identity").write_text(self.identity)
-            np.save(fresh / "hidden.npy", hidden.numpy())
-            arrays = {f"{name}.sums": tensor.sums for name, tensor in tensors.items()}
-            arrays |= {f"{name}.counts": tensor.counts for name, tensor in tensors.items()}
-            save_file(arrays, fresh / "statistics.safetensors")
+            np.save(fresh / HIDDEN, hidden.numpy())
+            arrays = {f"{name}.sums": tensor.sums for name, tensor in (tensors or {}).items()}
+            arrays |= {f"{name}.counts": tensor.counts for name, tensor in (tensors or {}).items()}
+            save_file(arrays, fresh / STATISTICS)
+            (fresh / FOUND).write_text(json.dumps(found))
+            (fresh / SUMS).write_text(json.dumps(_sums(fresh)))
             for file in fresh.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
+                sync(file)
+            sync(fresh)
             shutil.rmtree(state, ignore_errors=True)
             os.replace(fresh, state)
+            sync(self.path)
             for older in self.path.glob("after-*"):
                 if older != state:
                     shutil.rmtree(older)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(fresh, ignore_errors=True)
             self.problem = f"the state could not be kept ({error}): an interruption means beginning anew"
-        self._saved = time.monotonic()
-        self._wait = (self._saved - now) / SAVING_SHARE
+        self._pace.took(started)
 
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+
+def _sums(state: Path) -> dict[str, int | None]:
+    return {name: checksum(state / name) for name in (HIDDEN, STATISTICS, FOUND)}

@@ -8,24 +8,28 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from fewbits.calibration.collect import Inputs, gguf_names, owners
 from fewbits.calibration.groups import BlockPasses, GroupPass
-from fewbits.calibration.hessians import block_file, check_folder, open_block, publish, write_hessians
+from fewbits.calibration.hessians import block_file, check_folder, publish, unfinished, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
-from fewbits.calibration.resume import WorkFolder
+from fewbits.calibration.resume import Activations
 from fewbits.calibration.sensitivity import sensitivities
 from fewbits.calibration.statistics import Statistics, TensorStatistics
 from fewbits.calibration.texts import CalibrationText, read_texts
 from fewbits.checkpoint import Model, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
+from fewbits.formats.facts import Facts
+from fewbits.formats.journal import published
+from fewbits.formats.work import WorkFolder
 from fewbits.forward.clock import Clock
-from fewbits.forward.identity import fingerprint
+from fewbits.forward.identity import digests, model_facts
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
 from fewbits.version import __version__
 from fewbits.workers import Workers
@@ -33,6 +37,8 @@ from fewbits.workers import Workers
 DEVICES = ("cpu", "cuda", "auto")
 LAYOUT = 2
 """Raised when what an unfinished run keeps, or how it is computed, changes."""
+STATISTICS, ACTIVATIONS = "statistics", "activations"
+"""Within the work folder."""
 
 
 @dataclass
@@ -104,27 +110,32 @@ def calibrate(
     if final is not None:
         check_output(final, overwrite)
     if folder is not None:
-        check_folder(folder, overwrite)
+        check_folder(folder, overwrite or (final is not None and published(final)))
     if workers and device == "cuda":
         raise FewbitsError("A cluster's workers calibrate on processors.", "Leave out --device or --cluster.")
     added = [read_statistics(path) for path in merge]
     device = "cpu" if workers else resolve_device(device)
-    job = _Job(open_model(model), final, folder, output_tensor, device, overwrite, progress, workers)
-    statistics = None
+    cores = threads or os.cpu_count() or 1
+    job = _Job(open_model(model), final, folder, output_tensor, device, cores, overwrite, progress, workers)
     if paths:
         with job.clock.step("tokenize"):
-            text = read_texts(paths, job.model.tokenizer(), context, chunks)
-        with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
-            statistics = job.run(text)
-        if sensitivity:
-            with job.clock.step("gradients"), torch_threads(threads or os.cpu_count() or 1):
-                statistics.sensitivities = sensitivities(job.model, text, progress=progress)
-    statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
-    if final is not None:
+            job.text = read_texts(paths, job.model.tokenizer(), context, chunks)
+    merged = [str(path) for path in merge]
+    if final is None:
+        return job.calibration(added, merged, context, sensitivity)
+    options = {"merged": digests(map(Path, merge)), "sensitivity": sensitivity, "format": format}
+    with WorkFolder(final, {**job.facts, **options}, overwrite) as work:
+        if work.report is not None:
+            return Calibration(read_statistics(final), CalibrateReport.model_validate(work.report))
+        made = job.calibration(added, merged, context, sensitivity, work)
         with job.clock.step("write"):
-            write_statistics(statistics, final, format, overwrite)
-    job.finish()
-    return Calibration(statistics, job.report(statistics, [str(path) for path in merge], context))
+            write_statistics(made.statistics, work.path / STATISTICS, format, overwrite=True)
+        moves = {work.path / STATISTICS: final}
+        if folder is not None:
+            moves[unfinished(folder)] = folder
+        report = made.report.model_copy(update={"seconds": job.clock.seconds})
+        work.publish(moves, report.model_dump(mode="json"))
+        return Calibration(made.statistics, report)
 
 
 def resolve_device(wanted: str) -> str:
@@ -150,22 +161,38 @@ class _Job:
     hessians: Path | None
     output_tensor: bool
     device: str
+    threads: int
     overwrite: bool
     progress: Progress | None
     workers: Workers | None = None
     text: CalibrationText | None = None
-    work: WorkFolder | None = None
     resumed_after: int = 0
     clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def unfinished_hessians(self) -> Path | None:
-        return self.hessians.with_name(f"{self.hessians.name}.partial") if self.hessians else None
+    def calibration(
+        self,
+        added: Sequence[Statistics],
+        merged: list[str],
+        context: int,
+        sensitivity: bool,
+        work: WorkFolder | None = None,
+    ) -> Calibration:
+        """The statistics of the text, with these added."""
+        statistics = None
+        if self.text is not None:
+            with torch_threads(self.threads), torch.no_grad():
+                statistics = self.run(self.text, work)
+            if sensitivity:
+                with self.clock.step("gradients"), torch_threads(self.threads):
+                    statistics.sensitivities = sensitivities(self.model, self.text, progress=self.progress)
+        statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
+        if self.hessians and work is None:
+            publish(unfinished(self.hessians), self.hessians)
+        return Calibration(statistics, self.report(statistics, merged, context))
 
-    def run(self, text: CalibrationText) -> Statistics:
+    def run(self, text: CalibrationText, work: WorkFolder | None) -> Statistics:
         """All windows through all blocks."""
-        self.text = text
         with self.clock.step("build"):
             streamed = StreamedModel(self.model)
             owned = owners(self.model)
@@ -173,11 +200,10 @@ class _Job:
         tensors: dict[str, TensorStatistics] = {}
         with self.clock.step("embed"):
             stream = streamed.enter(text.inputs)
-        if self.output is not None:
-            self.work = WorkFolder(self.output.with_name(f"{self.output.name}.partial"), self._identity(text))
-            self.work.check(self.overwrite)
-            self.resumed_after, tensors = self.work.load(stream.hidden)
-        if not self._hessians_reach(self.resumed_after, text):
+        state = Activations(work.path / ACTIVATIONS) if work else None
+        if state:
+            self.resumed_after, tensors = state.load(stream.hidden)
+        if not self._hessians_reach(self.resumed_after, work):
             with self.clock.step("embed"):
                 stream, tensors, self.resumed_after = streamed.enter(text.inputs), {}, 0
         here = GroupPass(streamed, stream.calls, self.hessians is not None, self.device)
@@ -187,10 +213,12 @@ class _Job:
                 inputs = passes(index)
                 for record in inputs:
                     tensors |= record.statistics()
-                if self.unfinished_hessians:
-                    write_hessians(self.unfinished_hessians, index, inputs, self._identity(text), text.sha256)
-                if self.work is not None and index + 1 < len(streamed.layers):
-                    self.work.save_if_due(index + 1, stream.hidden, tensors)
+                if self.hessians:
+                    write_hessians(unfinished(self.hessians), index, inputs, self.identity, text.sha256)
+                    if work:
+                        work.done(self._hessians_of(index, work))
+                if state and index + 1 < len(streamed.layers) and state.due():
+                    state.save(index + 1, stream.hidden, tensors)
                 if self.progress:
                     self.progress(index + 1, len(streamed.layers), "decoder blocks")
         if self.output_tensor:
@@ -198,17 +226,10 @@ class _Job:
                 streamed.norm(stream)
                 tensors |= self._head(streamed, owned, stream.hidden)
         self._note_missing(owned, tensors)
+        if state and state.problem:
+            self.warnings.append(state.problem)
         count, context = text.inputs.shape
         return Statistics(dict(sorted(tensors.items())), text.datasets, count, context, text.sha256, text.inputs.size)
-
-    def finish(self) -> None:
-        """Give the Hessians their final name and drop what only an interrupted run needs."""
-        if self.unfinished_hessians and self.hessians:
-            publish(self.unfinished_hessians, self.hessians)
-        if self.work is not None:
-            if self.work.problem:
-                self.warnings.append(self.work.problem)
-            self.work.remove()
 
     def report(self, statistics: Statistics, merged: list[str], context: int) -> CalibrateReport:
         layers = experts_seen(statistics)
@@ -236,32 +257,39 @@ class _Job:
             warnings=self.warnings,
         )
 
-    def _identity(self, text: CalibrationText) -> str:
-        """Of everything that the statistics follow from."""
-        parts = {
-            "layout": LAYOUT,
-            "version": __version__,
+    @cached_property
+    def facts(self) -> Facts:
+        """Everything that the statistics follow from."""
+        facts = {
+            "version": f"{__version__}, {LAYOUT}",
             "torch": str(torch.__version__),
-            "model": fingerprint(self.model),
-            "windows": hashlib.sha256(text.inputs.tobytes()).hexdigest(),
-            "shape": text.inputs.shape,
-            "hessians": str(self.hessians.absolute()) if self.hessians else None,
-            "output_tensor": self.output_tensor,
+            "model": model_facts(self.model.checkpoint),
+            "Hessians": str(self.hessians.absolute()) if self.hessians else None,
+            "output tensor": self.output_tensor,
             "device": self.device,
+            # sums of products are split among threads
+            "threads": self.threads,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return facts if self.text is None else {**facts, **self.text.facts}
 
-    def _hessians_reach(self, blocks: int, text: CalibrationText) -> bool:
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    def _hessians_of(self, block: int, work: WorkFolder) -> str:
+        """The file of a block, as the journal names it."""
+        assert self.hessians
+        return os.path.relpath(block_file(unfinished(self.hessians), block), work.path)
+
+    def _hessians_reach(self, blocks: int, work: WorkFolder | None) -> bool:
         """Whether the Hessians of the blocks that are done are there, too; without any done, a folder for them."""
-        folder = self.unfinished_hessians
-        if folder is None:
+        if self.hessians is None:
             return True
-        # another run may have used the folder since: what is there must be this one's
+        folder = unfinished(self.hessians)
         done = range(blocks)
-        if blocks and all(block_file(folder, block).is_file() for block in done):
-            identity = self._identity(text)
-            if all(open_block(folder, block).run == identity for block in done):
-                return True
+        # another run may have used the folder since: what is there must be this one's, which checksums tell
+        if blocks and work and all(work.has(self._hessians_of(block, work)) for block in done):
+            return True
         check_folder(folder, overwrite=True)
         try:
             shutil.rmtree(folder, ignore_errors=True)

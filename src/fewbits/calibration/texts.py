@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,18 @@ class CalibrationText:
     inputs: npt.NDArray[np.int64]
     datasets: list[str]
     sha256: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result follows from, for `formats.facts`."""
+        names = [Path(name).name for name in self.datasets]
+        windows, context = self.inputs.shape
+        return {
+            "calibration text": {name: f"digest:{sha256}" for name, sha256 in zip(names, self.sha256, strict=True)},
+            "windows": windows,
+            "context": context,
+            "tokens": f"digest:{hashlib.sha256(self.inputs.tobytes()).hexdigest()}",
+        }
 
     def check(self, n_vocab: int, model: Path) -> None:
         """Refuse tokens that a model does not have.

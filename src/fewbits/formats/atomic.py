@@ -5,11 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from fewbits.errors import FewbitsError
+from fewbits.formats.journal import published
+
+
+class DiskError(FewbitsError):
+    """A disk that is full or refuses to be written, which says nothing of what was to be written."""
 
 
 class AtomicFile:
@@ -55,22 +62,36 @@ class AtomicFile:
             self.partial.unlink(missing_ok=True)
 
 
-def explain(path: Path, error: OSError) -> FewbitsError:
+def explain(path: Path, error: OSError) -> DiskError:
     """What a failed write means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return FewbitsError(f"{path}: no room left on the disk.", "Free some or choose another output folder.")
-    return FewbitsError(f"{path}: cannot be written ({error.strerror or error}).", "Choose another output.")
+        return DiskError(f"{path}: no room left on the disk.", "Free some or choose another output folder.")
+    return DiskError(f"{path}: cannot be written ({error.strerror or error}).", "Choose another output.")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk, said of an output.
+
+    Raises:
+        DiskError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise explain(path, error) from None
 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that cannot be written before any work is done.
 
     Raises:
-        FewbitsError: it exists (without `overwrite`), or its folder does not exist.
+        FewbitsError: it exists (without `overwrite`, and not of a run that was killed in its last step), or its folder
+            does not exist.
     """
     if path.is_dir():
         raise FewbitsError(f"{path}: the output is a directory.", "Name a file.")
-    if path.exists() and not overwrite:
+    if path.exists() and not overwrite and not published(path):
         raise FewbitsError(f"{path}: the output exists.", "Choose another name or pass --overwrite.")
     if not path.parent.is_dir():
         raise FewbitsError(f"{path}: the folder {path.parent} does not exist.", "Create it first.")

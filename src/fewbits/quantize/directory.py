@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import deque
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +20,7 @@ from fewbits.checkpoint import Model, SafetensorsCheckpoint
 from fewbits.codecs import codec
 from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
+from fewbits.formats.work import WorkFolder
 from fewbits.layouts import Layout
 from fewbits.methods import Known
 from fewbits.methods import method as method_named
@@ -166,7 +165,7 @@ def execute_directory(
     plan: Plan,
     model: Model,
     request: DirectoryRequest,
-    output: Path,
+    work: WorkFolder,
     files: Mapping[str, bytes],
     threads: int | None = None,
     device: str = "cpu",
@@ -178,6 +177,7 @@ def execute_directory(
     """Make the model directory of a plan.
 
     Args:
+        work: of this run: its output is the directory, and it is gone on from what an interrupted run has left.
         files: what stands beside the weights, by name: config.json, the tokenizer's files, the model card.
         threads: None takes every core. Without calibration the bytes do not depend on it.
         progress: called with what is done, what there is to do and the part at hand.
@@ -186,15 +186,14 @@ def execute_directory(
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite; nothing is left under the final
-            name. A calibrated run that was interrupted goes on when it is started again with the same arguments.
+            name.
     """
     started = time.monotonic()
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
-    key = run_identity(plan, model, request.text, device, request.effort) if request.text is not None else None
     notes = list(plan.notes)
     with (
         ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
-        DirectoryWriter(output, shards, files, overwrite, key, model.path) as writer,
+        DirectoryWriter(work, shards, files, overwrite, model.path) as writer,
     ):
         run = _Run(plan, model, request, writer, pool, workers or Threads(pool), progress)
         try:
@@ -206,11 +205,12 @@ def execute_directory(
             added = finish(writer) if finish else {}
             for name, data in added.items():
                 writer.add_file(name, data)
+            result = writer.finish()
         finally:
             pool.shutdown(cancel_futures=True)
     names = [*(shard.name for shard in shards), *added]
-    sizes = [PlannedFile(name=name, size=(output / name).stat().st_size) for name in names]
-    return QuantizeReport(
+    sizes = [PlannedFile(name=name, size=(result / name).stat().st_size) for name in names]
+    report = QuantizeReport(
         model=str(model.path),
         target=plan.target,
         files=sizes,
@@ -222,20 +222,8 @@ def execute_directory(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
-
-
-def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str, effort: Effort) -> str:
-    """Of everything that the result follows from."""
-    import torch
-
-    from fewbits.forward.identity import fingerprint
-    from fewbits.quantize.blockwise import rough_products
-
-    digest = hashlib.sha256(plan.model_dump_json(exclude={"notes"}).encode())
-    facts = (fingerprint(model), torch.__version__, text.inputs.shape, device, rough_products(device), effort)
-    digest.update(" ".join(map(str, facts)).encode())
-    digest.update(text.inputs.tobytes())
-    return digest.hexdigest()
+    work.publish({result: work.output}, report.model_dump(mode="json"))
+    return report
 
 
 @dataclass(frozen=True)
@@ -311,7 +299,7 @@ class _Run:
 
     def one_by_one(self) -> None:
         """Without calibration no weight depends on another: several at once, as many as fit into the budget."""
-        todo = quantized_tensors(self.plan)
+        todo = [tensor for tensor in quantized_tensors(self.plan) if not self._is_written(tensor)]
         total = sum(tensor.nbytes for tensor in self.plan.tensors)
         done = total - sum(tensor.nbytes for tensor in todo)
         packing = self.workers.job(self.packer)
@@ -334,6 +322,9 @@ class _Run:
             return len(ahead) < self.workers.ahead
         return not ahead or sum(other.n_weights for other in ahead) + tensor.n_weights <= WEIGHTS_AT_ONCE
 
+    def _is_written(self, tensor: PlannedTensor) -> bool:
+        return all(self.writer.has(entry.name) for entry in stored_as(tensor, self.request.target))
+
     def put(self, name: str, arrays: Arrays) -> None:
         """Write a quantized weight's tensors."""
         module = name.removesuffix(".weight")
@@ -345,7 +336,7 @@ class _Run:
         """Calibrated, block by block; returns notes."""
         import torch  # takes a second, which data-free targets do without
 
-        from fewbits.calibration.resume import WorkFolder
+        from fewbits.calibration.resume import Activations
         from fewbits.forward.streamed import StreamedModel, torch_threads
         from fewbits.quantize.blockwise import BlockwiseRun, rough_products
         from fewbits.quantize.tuning import epochs_of
@@ -365,9 +356,8 @@ class _Run:
             moved = {name for names in inside for name in names} if rescaling or tunes else set()
             self.plain(lambda name: name not in moved)
             stream = streamed.enter(text.inputs)
-            # the writer's key has told whether the folder is of this very run
-            work = WorkFolder(self.writer.scratch / "activations", "")
-            first, _ = work.load(stream.hidden)
+            state = Activations(self.writer.work.path / "activations")
+            first, _ = state.load(stream.hidden)
             target = self.request.target
             stored = [[entry.name for name in names for entry in stored_as(by_name[name], target)] for names in inside]
             if not all(self.writer.has(name) for names in stored[:first] for name in names):
@@ -378,9 +368,9 @@ class _Run:
                     self.writer.put_pieces(name, [encoded(by_name[name], values)])
 
             def done(blocks: int) -> None:
-                self.writer.checkpoint(stored[blocks - 1])
-                if blocks < len(inside):
-                    work.save_if_due(blocks, stream.hidden, {})
+                if blocks < len(inside) and state.due():
+                    self.writer.tensors.flush()
+                    state.save(blocks, stream.hidden)
 
             run = BlockwiseRun(
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
@@ -388,7 +378,7 @@ class _Run:
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)
-            if head is not None and not self.writer.has(stored_as(head, target)[0].name):
+            if head is not None and not self._is_written(head):
                 run.head(head.name, self.packer.weights(head))
         return _silent_experts(run.without_data)
 

@@ -202,6 +202,7 @@ def within_budget(
     measured: Sequence[Sequence[Alternative]] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Choose the bits of every linear.
 
@@ -211,12 +212,13 @@ def within_budget(
         text: tells how much each linear matters; None guesses from their roles.
         measured: what linears could become, where that is known already.
         threads: None takes every core.
+        folder: keeps the state that an interrupted run goes on from.
 
     Raises:
         FewbitsError: the budget is too small, a weight is NaN or infinite.
     """
     target, cores = request.target, threads or os.cpu_count() or 1
-    alternatives = measured or _appraised(plan, model, target, text, cores, progress)
+    alternatives = measured or _appraised(plan, model, target, text, cores, progress, folder)
     options = [[one.option for one in each] for each in alternatives]
     room = _room(plan, target, budget)
     while True:
@@ -239,6 +241,7 @@ def _appraised(
     text: CalibrationText | None,
     threads: int,
     progress: Progress | None,
+    folder: Path | None,
 ) -> list[list[Alternative]]:
     """What each set of linears could become."""
     choices = _choices(plan, model, target)
@@ -246,7 +249,7 @@ def _appraised(
     if text is None:
         parts = guessed(model, target, types, threads)
     else:
-        parts = calibrated(model, target, types, text, threads, progress)
+        parts = calibrated(model, target, types, text, threads, progress, folder)
     losses: Losses = {}
     for part in parts:
         losses |= part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING
 from fewbits.checkpoint import Model, open_model
 from fewbits.checkpoint.safetensors import PROVENANCE
 from fewbits.errors import FewbitsError
-from fewbits.formats.atomic import AtomicFile
+from fewbits.formats.atomic import explained
 from fewbits.formats.directory.card import CalibrationUsed, CardFacts, Measured, model_card, origin_of
 from fewbits.formats.directory.companions import companions, config_json
 from fewbits.formats.directory.snippets import snippets
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE
+from fewbits.formats.journal import sync
 from fewbits.formats.onnx.skeleton import check_installed, make_skeleton
+from fewbits.formats.work import WorkFolder
 from fewbits.forward.text import read_text
 from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
@@ -40,6 +43,7 @@ from fewbits.quantize.directory import (
 )
 from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
+from fewbits.quantize.facts import common_facts, text_facts
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
 from fewbits.quantize.onnx_job import graph_files, without_nulls
 
@@ -48,7 +52,11 @@ if TYPE_CHECKING:
     from fewbits.workers import Workers
 
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, CARD = "tokenizer_config.json", "README.md"
+PLAN = "plan.json"
+"""Within the work folder."""
+NOT_OF_THE_RESULT = {"notes", "model"}
+"""Of a plan: what makes no difference to the files."""
 MEASURED, MEASUREMENT = ("exl2",), "measurement.json"
 """Targets that try their types in the model first, and the file that keeps what was found."""
 
@@ -70,6 +78,7 @@ class DirectoryJob:
         measured: what the measuring pass found, to be kept beside the weights.
         seconds: that spending the budget took.
         named: the output as the command line names it, where that is a URL.
+        edited: the saved plan that is followed.
     """
 
     model: Model
@@ -84,6 +93,7 @@ class DirectoryJob:
     measured: bytes | None = None
     seconds: float = 0.0
     named: str | None = None
+    edited: Path | None = None
 
     @staticmethod
     def of(
@@ -144,18 +154,41 @@ class DirectoryJob:
         words += _flags("--head-bits", [head_bits] if head_bits else [])
         words += _flags("--measurement", [measurement] if measurement else [])
         words += _flags("--effort", [effort] if effort != "default" else [])
-        return DirectoryJob(model, request, plan, shlex.join(words), dtype, device, text, budget, measurement)
+        options = (dtype, device, text, budget, measurement)
+        return DirectoryJob(model, request, plan, shlex.join(words), *options, edited=edited)
 
-    def spent(self, threads: int | None, progress: Progress | None) -> DirectoryJob:
+    def work_folder(self, output: Path, threads: int | None, overwrite: bool) -> WorkFolder:
+        """Around `spent` and `execute`: what an interrupted run has left is gone on from."""
+        request = self.request
+        plan = hashlib.sha256(self.plan.model_dump_json(exclude=NOT_OF_THE_RESULT).encode())
+        facts = {
+            **common_facts(self.model.checkpoint, request.target.name, request.effort, self.budget, self.edited),
+            "method": request.target.method,
+            "kept linears": list(request.keep),
+            "file size": request.max_shard_size,
+            "measurement": str(self.measurement) if self.measurement else None,
+            **text_facts(self.text, threads, self.device),
+            "plan": f"digest:{plan.hexdigest()}",
+        }
+        return WorkFolder(output.resolve(), facts, overwrite)
+
+    def spent(self, threads: int | None, progress: Progress | None, work: WorkFolder | None = None) -> DirectoryJob:
         """The job with its budget spent: text runs through the model, and rows of every linear are tried.
+
+        Args:
+            work: where what is found is kept until the end.
 
         Raises:
             FewbitsError: the budget is too small.
         """
-        if self.budget is None:
+        if self.budget is None or (work and work.published):
             return self
+        if work and (known := work.read(PLAN)):
+            plan = Plan.model_validate_json(known)
+            return replace(self, plan=plan, budget=None, measured=work.read(MEASUREMENT))
         started = time.monotonic()
         measured, found = None, None
+        state = work.path / "appraisal" if work else None
         if self.request.target.layout.name in MEASURED:
             from fewbits.quantize import exl2_measurement  # imports torch, which most targets do without
 
@@ -165,13 +198,17 @@ class DirectoryJob:
                 measured = exl2_measurement.Measurement.load(file)
             else:
                 cores = threads or os.cpu_count() or 1
-                measured = exl2_measurement.measure_lines(self.model, self.text, cores, self.device, progress)
+                measured = exl2_measurement.measure_lines(self.model, self.text, cores, self.device, progress, state)
                 if file is not None:
                     measured.save(file)
             found = exl2_measurement.alternatives(measured, self.model)
-        options = (self.budget, self.text, found, threads, progress)
+        options = (self.budget, self.text, found, threads, progress, state)
         plan = within_budget(self.plan, self.model, self.request, *options)
         kept = measured.to_json() if measured else None
+        if work:
+            if kept:
+                work.keep(MEASUREMENT, kept)
+            work.keep(PLAN, plan.model_dump_json().encode())
         return replace(self, plan=plan, budget=None, measured=kept, seconds=time.monotonic() - started)
 
     def execute(
@@ -180,9 +217,17 @@ class DirectoryJob:
         threads: int | None,
         overwrite: bool,
         progress: Progress | None,
+        work: WorkFolder,
         workers: Workers | None = None,
     ) -> QuantizeReport:
-        """Make the directory; see `execute_directory`."""
+        """Make the directory; see `execute_directory`.
+
+        Args:
+            output: as the command line names it.
+            work: as `work_folder` gives it.
+        """
+        if work.report is not None:
+            return QuantizeReport.model_validate(work.report)
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
         finish = None
@@ -194,7 +239,7 @@ class DirectoryJob:
                 files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
             finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish, workers
+            plan, self.model, self.request, work, files, threads, self.device, overwrite, progress, finish, workers
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 
@@ -208,7 +253,7 @@ class DirectoryJob:
             files[name] = json.dumps(content, indent=2).encode() + b"\n"
         if self.measured is not None:
             files[MEASUREMENT] = self.measured
-        files["README.md"] = self.card(output)
+        files[CARD] = self.card(output)
         files[PROVENANCE] = json.dumps(self._provenance(), indent=2).encode() + b"\n"
         return files, beside.notes
 
@@ -224,10 +269,12 @@ class DirectoryJob:
                 f"{path}: the directory is calibrated on it, which flatters.", "Measure on another text."
             )
 
-    def tell_loss(self, output: Path, measured: Measured) -> None:
+    def tell_loss(self, output: Path, measured: Measured, work: WorkFolder) -> None:
         """Write the card anew, with what was measured."""
-        with AtomicFile(output / "README.md", overwrite=True) as file:
-            file.write(self.card(output, measured))
+        with explained(output):
+            (work.path / CARD).write_bytes(self.card(output, measured))
+            sync(work.path / CARD)
+            os.replace(work.path / CARD, output / CARD)
 
     def _provenance(self) -> dict[str, object]:
         """How the directory was made, for programs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +53,12 @@ def calibrated(
     text: CalibrationText,
     threads: int,
     progress: Progress | None,
+    folder: Path | None = None,
 ) -> Iterator[Losses]:
     """Losses by what text makes of the unquantized model, one decoder block after another.
+
+    Args:
+        folder: keeps the state that an interrupted run goes on from.
 
     Codes are chosen as they will be, with error feedback if that is the method, and their errors weighed with the
     Hessian of the inputs: coarse symmetric codes shrink weights, so that errors are not independent of each other,
@@ -62,6 +67,7 @@ def calibrated(
     import torch
 
     from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, owners
+    from fewbits.calibration.resume import Activations
     from fewbits.calibration.sensitivity import sensitivities
     from fewbits.forward.streamed import StreamedModel, torch_threads
     from fewbits.quantize.blockwise import known_of, rough_products
@@ -72,7 +78,11 @@ def calibrated(
     with torch_threads(threads), torch.no_grad():
         streamed = StreamedModel(model)
         stream = streamed.enter(text.inputs)
-        for index in range(len(streamed.layers)):
+        state = Activations(folder) if folder else None
+        first = state.load(stream.hidden)[0] if state else 0
+        before: list[Losses] = state.found if state and first else []
+        yield from before
+        for index in range(first, len(streamed.layers)):
             block = streamed.block(index)
             recorder = BlockRecorder(True, ENERGY_CAP, rough)
             recorder.attach(block, streamed.block_path(index), streamed, {name: [name] for name in types})
@@ -109,6 +119,9 @@ def calibrated(
                         yield Sample(weights, weighing, share, partial(_decoded, target, weights, told))
 
                     found |= appraise(samples, {name: types[name] for name in names}, threads)
+            before.append(found)
+            if state and state.due():
+                state.save(index + 1, stream.hidden, found=before)
             yield found
 
 

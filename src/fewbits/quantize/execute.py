@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,9 +20,13 @@ from fewbits.codecs import codec
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output, check_room
 from fewbits.formats.gguf.source import GGUFSource, ReadRows
-from fewbits.formats.gguf.writer import Shard, write_shards
+from fewbits.formats.gguf.writer import Shard, spans_of
+from fewbits.formats.journal import work_folder
+from fewbits.formats.tensor_files import RESULT, File, TensorFiles
+from fewbits.formats.work import WorkFolder
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
+from fewbits.quantize.gguf_blockwise import GGUFBlockwise
 from fewbits.quantize.hessians import experts_of
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.learned import Learned
@@ -71,44 +75,59 @@ def check(plan: Plan, source: GGUFSource, output: Path, overwrite: bool = False,
     shards = shards_of(plan, source.metadata, output)
     for shard in shards:
         check_output(shard.path, overwrite)
-    check_room(output, sum(shard.nbytes for shard in shards))
+    there = work_folder(output) / RESULT
+    held = sum(file.stat().st_blocks * 512 for file in there.iterdir()) if there.is_dir() and os.name == "posix" else 0
+    check_room(output, sum(shard.nbytes for shard in shards) - held)
     return shards
 
 
 def execute(
     plan: Plan,
     source: GGUFSource,
-    output: Path,
+    work: WorkFolder,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     learned: Learned | None = None,
+    blockwise: GGUFBlockwise | None = None,
+    beside: Mapping[Path, Path] | None = None,
     workers: Workers | None = None,
 ) -> QuantizeReport:
     """Make the files of a plan.
 
     Args:
+        work: of this run: its output is the final name, and it is gone on from what an interrupted run has left.
         progress: called with bytes written, bytes in all and the tensor at hand.
         learned: from calibration; without, all columns of all tensors weigh the same.
         threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
+        blockwise: makes some of the tensors while text runs through the model.
+        beside: further results: where they are -> final name.
         workers: who encodes them, instead of threads.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite.
     """
     started = time.monotonic()
-    shards = check(plan, source, output, overwrite, bool(learned and (learned.factors or learned.made)))
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
-        try:
-            pieces = _pieces(plan, source, workers or Threads(pool), progress, learned or Learned())
-            write_shards(shards, pieces, overwrite)
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return QuantizeReport(
+    shards = check(plan, source, work.output, overwrite, bool(learned and learned.factors) or blockwise is not None)
+    parts = blockwise.parts if blockwise else {}
+    files = [File(shard.path.name, shard.header, shard.nbytes) for shard in shards]
+    with TensorFiles(work, files, spans_of(shards, parts)) as written:
+        if blockwise:
+            blockwise.run(written)
+        left = [tensor for tensor in plan.tensors if tensor.name not in parts and not written.has(tensor.name)]
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
+            try:
+                pieces = _pieces(left, source, workers or Threads(pool), progress, learned or Learned())
+                for tensor, data in zip(left, pieces, strict=True):
+                    written.put(tensor.name, data)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        written.finish()
+    report = QuantizeReport(
         model=str(source.path),
         target=plan.target,
-        files=[PlannedFile(name=shard.path.name, size=shard.path.stat().st_size) for shard in shards],
-        size=sum(shard.path.stat().st_size for shard in shards),
+        files=[PlannedFile(name=shard.path.name, size=shard.nbytes) for shard in shards],
+        size=sum(shard.nbytes for shard in shards),
         n_weights=plan.n_weights,
         bits_per_weight=plan.bits_per_weight,
         n_fallbacks=len(plan.fallbacks),
@@ -116,6 +135,9 @@ def execute(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+    moves = {written.folder / shard.path.name: shard.path for shard in shards}
+    work.publish({**(beside or {}), **moves}, report.model_dump(mode="json"))
+    return report
 
 
 def peak_memory() -> int:
@@ -131,13 +153,17 @@ def peak_memory() -> int:
 
 
 def _pieces(
-    plan: Plan, source: GGUFSource, workers: Workers, progress: Progress | None, learned: Learned
+    tensors: Sequence[PlannedTensor],
+    source: GGUFSource,
+    workers: Workers,
+    progress: Progress | None,
+    learned: Learned,
 ) -> Iterator[Iterable[memoryview]]:
     """Each tensor's bytes in pieces. A few slabs are ahead of the writer, across tensor borders, never more."""
-    encoding = workers.job(SlabEncoder(source.path, source.read, replace(learned, made={})))
-    tasks = ((tensor, task) for tensor in plan.tensors for task in _tasks(tensor, source, learned, workers, encoding))
+    encoding = workers.job(SlabEncoder(source.path, source.read, learned))
+    tasks = ((tensor, task) for tensor in tensors for task in _tasks(tensor, source, workers, encoding))
     ahead: deque[tuple[PlannedTensor, Pending[Slab]]] = deque()
-    total, done = sum(tensor.nbytes for tensor in plan.tensors), 0
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
 
     def refill() -> None:
         while len(ahead) < workers.ahead and (item := next(tasks, None)):
@@ -154,19 +180,18 @@ def _pieces(
             if progress:
                 progress(done, total, tensor.name)
 
-    for tensor in plan.tensors:
+    for tensor in tensors:
         yield of(tensor)
 
 
 def _tasks(
     tensor: PlannedTensor,
     source: GGUFSource,
-    learned: Learned,
     workers: Workers,
     encoding: Job[[PlannedTensor, int, int, int], Slab],
 ) -> Iterator[Callable[[], Pending[Slab]]]:
     """The parts of a tensor in order; each is handed out when it is called."""
-    stored = learned.made.get(tensor.name) or (source.stored.get(tensor.name) if tensor.method == "copy" else None)
+    stored = source.stored.get(tensor.name) if tensor.method == "copy" else None
     if stored:
         for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
             yield partial(workers.near, partial(stored, start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes)))

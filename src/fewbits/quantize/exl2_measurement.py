@@ -23,6 +23,7 @@ from torch import nn
 
 from fewbits import arch
 from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs, owners
+from fewbits.calibration.resume import Activations
 from fewbits.calibration.sensitivity import sensitivities
 from fewbits.calibration.statistics import Sensitivities
 from fewbits.calibration.texts import CalibrationText
@@ -171,9 +172,17 @@ def modules_of(model: Model) -> list[_Module]:
 
 
 def measure_lines(
-    model: Model, text: CalibrationText, threads: int, device: str = "cpu", progress: Progress | None = None
+    model: Model,
+    text: CalibrationText,
+    threads: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Measurement:
     """Try every line of the menu in every module.
+
+    Args:
+        folder: keeps the state that an interrupted run goes on from.
 
     Raises:
         FewbitsError: as for `modules_of` and `StreamedModel`; a weight is NaN or infinite.
@@ -181,7 +190,7 @@ def measure_lines(
     modules = modules_of(model)
     with torch_threads(threads), ThreadPoolExecutor(threads, "measure") as pool:
         known = sensitivities(model, text, progress=progress)
-        return _Measuring(model, modules, known, text, pool, device).run(progress)
+        return _Measuring(model, modules, known, text, pool, device).run(progress, folder)
 
 
 class _Measuring:
@@ -207,12 +216,16 @@ class _Measuring:
         self.stream = self.streamed.enter(text.inputs)
         self.rough = rough_products(device)
 
-    def run(self, progress: Progress | None) -> Measurement:
+    def run(self, progress: Progress | None, folder: Path | None) -> Measurement:
         lines: dict[str, list[Line]] = {}
+        state = Activations(folder) if folder else None
+        first = state.load(self.stream.hidden)[0] if state else 0
+        if state and first:
+            lines = Measurement.model_validate(state.found).measurement
         count = len(self.streamed.layers)
         every = {weight: [weight] for module in self.modules for weight in module.weights.values()}
         with torch.no_grad():
-            for index in range(count):
+            for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
                 path = f"{self.streamed.block_path(index)}."
                 here = [m for m in self.modules if all(w.startswith(path) for w in m.weights.values())]
@@ -229,6 +242,9 @@ class _Measuring:
                         self.streamed.run_batch(index, block, tested, batch, self.device)
                 for module in here:
                     lines[module.name] = self._lines(index, block, module, calls[module.name], inputs)
+                if state and state.due():
+                    found = Measurement(measurement=lines).model_dump(mode="json")
+                    state.save(index + 1, self.stream.hidden, found=found)
                 if progress:
                     progress(index + 1, count, "measured blocks")
         return Measurement(measurement=lines, last_module_idx=len(lines))

@@ -1,18 +1,17 @@
 """GGUF tensors with error feedback, one decoder block after another, as model directories are made: each block is
 calibrated on what the quantized ones before it give.
 
-The weights are quantized as the model's own directory names them; what they become is kept in a folder beside the
-output, in the order of rows that GGUF wants, until the file is written.
+The weights are quantized as the model's own directory names them, and written into the file in the order of rows that
+GGUF wants.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,9 +24,7 @@ from fewbits.arch.tensors import GGUFTensor
 from fewbits.checkpoint import Model
 from fewbits.codecs import codec
 from fewbits.codecs.blocks import Blocks, BlocksCoded
-from fewbits.errors import FewbitsError
-from fewbits.formats.atomic import check_room
-from fewbits.formats.gguf.source import ReadBytes
+from fewbits.formats.tensor_files import TensorFiles
 from fewbits.methods import method
 from fewbits.methods.base import Effort
 from fewbits.methods.gptq import feedback_span
@@ -41,8 +38,6 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
-STATE = "activations"
-"""Within the folder of a run: what it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +67,10 @@ class Place:
     tensor: GGUFTensor
     part: int
 
-    def file(self, folder: Path) -> Path:
-        return folder / f"{self.tensor.name}.{self.part}"
+    @property
+    def name(self) -> str:
+        """What `spans_of` calls it."""
+        return f"{self.tensor.name}.{self.part}"
 
 
 def planned_blockwise(plan: Plan, model: Model) -> Plan:
@@ -110,138 +107,103 @@ def _places(model: Model) -> tuple[dict[str, Place], dict[str, Place]]:
     return (every if movable else plain), plain
 
 
-def quantize_blockwise(
-    plan: Plan,
-    model: Model,
-    text: CalibrationText,
-    folder: Path,
-    identity: str,
-    threads: int | None = None,
-    progress: Progress | None = None,
-    effort: Effort = "default",
-    workers: Workers | None = None,
-) -> dict[str, ReadBytes]:
-    """Quantize the linears of the decoder blocks, and the head.
+@dataclass(frozen=True)
+class GGUFBlockwise:
+    """Quantizes the linears of the decoder blocks, and the head, while text runs through the model.
 
-    Args:
+    Attributes:
         text: what calibrates the model.
-        folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
-        identity: of plan, model, text and whatever else the result follows from.
+        state: a folder for the activations that an interrupted run goes on from.
         workers: see `BlockwiseRun`.
-
-    Returns:
-        By GGUF name, what reads a tensor's bytes.
-
-    Raises:
-        FewbitsError: a weight cannot be quantized, the text does not fit the model, or the disk is full.
     """
-    import torch  # takes a second, which calibration by statistics does without
 
-    from fewbits.calibration.collect import ENERGY_CAP
-    from fewbits.calibration.resume import WorkFolder
-    from fewbits.forward.streamed import StreamedModel, torch_threads
-    from fewbits.quantize.blockwise import BlockwiseRun, rough_products
-    from fewbits.quantize.rescaling import Rescaling
+    plan: Plan
+    model: Model
+    text: CalibrationText
+    state: Path
+    threads: int | None = None
+    progress: Progress | None = None
+    effort: Effort = "default"
+    workers: Workers | None = None
 
-    written, linears = _places(model)
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    packings: dict[str, Any] = {
-        source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
-    }
-    methods = {source: _method(planned[place.tensor.name]) for source, place in linears.items()}
-    work = WorkFolder(_begin(folder, identity), identity)
-    check_room(folder, sum(planned[name].nbytes for name in {place.tensor.name for place in written.values()}))
-    cores = threads or os.cpu_count() or 1
-    with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
-        streamed = StreamedModel(model)
-        text.check(streamed.n_vocab, model.path)
-        stream = streamed.enter(text.inputs)
-        first, _ = work.load(stream.hidden)
-        inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
-        if not all(written[n].file(folder).exists() for names in inside[:first] for n in names if n in written):
-            stream, first = streamed.enter(text.inputs), 0
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """By name of the tensors that are made: of how many parts they are put together."""
+        return {place.tensor.name: len(place.tensor.sources) for place in _places(self.model)[0].values()}
 
-        def put(name: str, arrays: Arrays) -> None:
-            order = linears[name].tensor.row_order()
-            _write(linears[name].file(folder), arrays[DATA] if order is None else arrays[DATA][order])
+    def run(self, files: TensorFiles) -> None:
+        """Write the tensors.
 
-        def put_plain(name: str, values: npt.NDArray[np.float32]) -> None:
-            tensor = written[name].tensor
+        Raises:
+            FewbitsError: a weight cannot be quantized, the text does not fit the model, or the disk is full.
+        """
+        import torch  # takes a second, which calibration by statistics does without
 
-            def read(_: str, rows: Any = None) -> npt.NDArray[np.float32]:
-                return values if rows is None else values[rows]
+        from fewbits.calibration.collect import ENERGY_CAP
+        from fewbits.calibration.resume import Activations
+        from fewbits.forward.streamed import StreamedModel, torch_threads
+        from fewbits.quantize.blockwise import BlockwiseRun, rough_products
+        from fewbits.quantize.rescaling import Rescaling
 
-            lines = tensor.read(read, 0, prod(tensor.shape[:-1]))
-            stored = method("convert").quantize(np.ascontiguousarray(lines), codec(planned[tensor.name].codec))
-            _write(written[name].file(folder), stored)
+        written, linears = _places(self.model)
+        if all(files.has(place.name) for place in written.values()):
+            return
+        planned = {tensor.name: tensor for tensor in self.plan.tensors}
+        packings: dict[str, Any] = {
+            source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
+        }
+        methods = {source: _method(planned[place.tensor.name]) for source, place in linears.items()}
+        cores = self.threads or os.cpu_count() or 1
+        with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
+            streamed = StreamedModel(self.model)
+            self.text.check(streamed.n_vocab, self.model.path)
+            stream = streamed.enter(self.text.inputs)
+            state = Activations(self.state)
+            first, _ = state.load(stream.hidden)
+            inside = [list(streamed.weights_of(index, layer)) for index, layer in enumerate(streamed.layers)]
+            if not all(files.has(written[n].name) for names in inside[:first] for n in names if n in written):
+                stream, first = streamed.enter(self.text.inputs), 0
 
-        def done(blocks: int) -> None:
-            if blocks < len(inside):
-                work.save_if_due(blocks, stream.hidden, {})
+            def write(place: Place, data: npt.NDArray[np.uint8]) -> None:
+                if not files.has(place.name):
+                    files.put(place.name, [np.ascontiguousarray(data).reshape(-1).data])
 
-        rough = rough_products("cpu")
-        rescaling = None
-        if written is not linears:
-            kinds = {source: packing.type for source, packing in packings.items()}
-            rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
-        run = BlockwiseRun(
-            *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
-            effort=effort,
-            norms=torch.float32 if rescaling else None,
-            workers=workers,
-        )
-        run.run(first, done, progress)
-        for source, place in linears.items():
-            if role(place.tensor.name) == OUTPUT:
-                run.head(source, np.ascontiguousarray(model.read(source), np.float32))
-    return {place.tensor.name: partial(_read, folder, place.tensor) for place in written.values()}
+            def put(name: str, arrays: Arrays) -> None:
+                order = linears[name].tensor.row_order()
+                write(linears[name], arrays[DATA] if order is None else arrays[DATA][order])
+
+            def put_plain(name: str, values: npt.NDArray[np.float32]) -> None:
+                tensor = written[name].tensor
+
+                def read(_: str, rows: Any = None) -> npt.NDArray[np.float32]:
+                    return values if rows is None else values[rows]
+
+                lines = tensor.read(read, 0, prod(tensor.shape[:-1]))
+                kind = codec(planned[tensor.name].codec)
+                write(written[name], method("convert").quantize(np.ascontiguousarray(lines), kind))
+
+            def done(blocks: int) -> None:
+                if blocks < len(inside) and state.due():
+                    files.flush()
+                    state.save(blocks, stream.hidden)
+
+            rough = rough_products("cpu")
+            rescaling = None
+            if written is not linears:
+                kinds = {source: packing.type for source, packing in packings.items()}
+                rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
+            run = BlockwiseRun(
+                *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
+                effort=self.effort,
+                norms=torch.float32 if rescaling else None,
+                workers=self.workers,
+            )
+            run.run(first, done, self.progress)
+            for source, place in linears.items():
+                if role(place.tensor.name) == OUTPUT:
+                    run.head(source, np.ascontiguousarray(self.model.read(source), np.float32))
 
 
 def _method(tensor: PlannedTensor) -> str:
     """A matrix that comes from a block is converted, even to the type that it was stored in."""
     return "convert" if tensor.method == "copy" else tensor.method
-
-
-def unfinished(folder: Path) -> str | None:
-    """The identity of the run that has left this folder; None where there is none."""
-    try:
-        return (folder / STATE / "identity").read_text()
-    except OSError:
-        return None
-
-
-def _begin(folder: Path, identity: str) -> Path:
-    """Make the folder, or make sure that it is of an earlier run; returns the place of the run's state."""
-    state = folder / STATE
-    found = unfinished(folder)
-    if found is None and folder.exists():
-        raise FewbitsError(f"{folder}: it is in the way of what an unfinished run keeps.", "Move it.")
-    if found != identity:
-        shutil.rmtree(state, ignore_errors=True)
-        state.mkdir(parents=True)
-        (state / "identity").write_text(identity)
-    return state
-
-
-def _write(path: Path, data: npt.NDArray[np.uint8]) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    try:
-        with open(fresh, "wb") as file:
-            file.write(data.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise FewbitsError(f"{fresh}: cannot be written ({error.strerror}).", "Make room on the disk.") from None
-
-
-def _read(folder: Path, tensor: GGUFTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:
-    """Bytes of a tensor, whose parts are files of one size."""
-    files = [Place(tensor, part).file(folder) for part in range(len(tensor.sources))]
-    size = files[0].stat().st_size
-    parts = []
-    for part in range(start // size, -(-stop // size)):
-        first, last = max(start - part * size, 0), min(stop - part * size, size)
-        parts.append(np.fromfile(files[part], np.uint8, last - first, offset=first))
-    return np.concatenate(parts)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +14,17 @@ from fewbits.calibration.statistics import Statistics
 from fewbits.checkpoint import Model, open_checkpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
-from fewbits.formats.gguf.source import GGUFSource, ReadBytes, gguf_source
+from fewbits.formats.facts import Facts
+from fewbits.formats.gguf.source import GGUFSource, gguf_source
+from fewbits.formats.journal import published
+from fewbits.formats.work import WorkFolder
+from fewbits.forward.identity import digests, file_facts
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
-from fewbits.quantize.directory import run_identity
 from fewbits.quantize.execute import QuantizeReport, check, execute
-from fewbits.quantize.gguf_blockwise import linears_of, planned_blockwise, quantize_blockwise, unfinished
+from fewbits.quantize.facts import common_facts, text_facts
+from fewbits.quantize.gguf_blockwise import GGUFBlockwise, linears_of, planned_blockwise
 from fewbits.quantize.hessians import Factors, with_feedback
 from fewbits.quantize.importances import (
     CHUNKS,
@@ -41,6 +44,9 @@ from fewbits.workers import Workers
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+
+STATISTICS, PLAN = "statistics.gguf", "plan.json"
+"""Within the work folder."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class GGUFJob:
             return self._made(None, self.output)[1]
         statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite=True)
         if self.budget is not None and not statistics.tensors:
-            statistics = self._run(None, overwrite=True)
+            statistics = self._run(None)
         return self._made(statistics, file)[1]
 
     def execute(self, overwrite: bool) -> QuantizeReport:
@@ -140,33 +146,69 @@ class GGUFJob:
         # whatever would refuse the result should do so before weights are read and texts run
         if self.request.split_max_size is None:  # the names of a set depend on how many there are
             check_output(self.output, overwrite)
+        if self.calibration:
+            promised(self.model, self.calibration, self.output, self.chunks, overwrite or published(self.output))
+        with WorkFolder(self.output, self.facts, overwrite) as work:
+            if work.report is not None:
+                return QuantizeReport.model_validate(work.report)
+            return self._executed(work, overwrite)
+
+    def _executed(self, work: WorkFolder, overwrite: bool) -> QuantizeReport:
         started = time.monotonic()
         if not self.calibration:
-            plan = self._made(None, self.output)[1]
-            return self._write(plan, self.source, overwrite, Learned())
-        scratch = self.output.with_name(f"{self.output.name}.blocks")
-        before = unfinished(scratch)
-        statistics, file = promised(
-            self.model, self.calibration, self.output, self.chunks, overwrite or before is not None
-        )  # fmt: skip
+            plan = self._made(None, self.output, work)[1]
+            return self._write(plan, self.source, work, overwrite, Learned())
+        statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite=True)
+        made = work.path / STATISTICS
+        beside = {}
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
             if self.budget is None:  # how large a mixture gets is not known yet
                 check(plan, source, self.output, overwrite, feedback=True)
-            if found is not None and file.exists() and before == self._identity(plan):
-                statistics = read_statistics(file)
-            elif found is not None:
-                statistics = self._run(file, overwrite or before is not None)
-        source, plan, found = self._made(statistics, file)
-        made = self._blockwise(plan, scratch) if self.feeds_back and found is not None else {}
-        learned = Learned(found or {}, self.factors, made)
-        report = self._write(plan, source, overwrite, learned)
-        if made:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if found is not None:
+                statistics = read_statistics(made) if work.has(STATISTICS) else self._run(made)
+                if not work.has(STATISTICS):
+                    work.done(STATISTICS)
+                beside = {made: file}
+        source, plan, found = self._made(statistics, file, work)
+        blockwise = None
+        if self.feeds_back and found is not None:
+            state = work.path / "activations"
+            blockwise = GGUFBlockwise(
+                *(plan, self._opened, self._text, state, self.threads, self.progress, self.effort, self.workers)
+            )
+        learned = Learned(found or {}, self.factors)
+        report = self._write(plan, source, work, overwrite, learned, blockwise, beside)
         return report.model_copy(update={"seconds": time.monotonic() - started})
 
-    def _write(self, plan: Plan, source: GGUFSource, overwrite: bool, learned: Learned) -> QuantizeReport:
-        return execute(plan, source, self.output, self.threads, overwrite, self.progress, learned, self.workers)
+    def _write(
+        self,
+        plan: Plan,
+        source: GGUFSource,
+        work: WorkFolder,
+        overwrite: bool,
+        learned: Learned,
+        blockwise: GGUFBlockwise | None = None,
+        beside: Mapping[Path, Path] | None = None,
+    ) -> QuantizeReport:
+        options = (self.threads, overwrite, self.progress, learned, blockwise, beside, self.workers)
+        return execute(plan, source, work, *options)
+
+    @property
+    def facts(self) -> Facts:
+        """Everything that the files follow from."""
+        mixture = {name: value for name, value in asdict(self.request.mixture).items() if value}
+        files, texts = split_sources(self.calibration)
+        return {
+            **common_facts(
+                open_checkpoint(self.model), self.request.target, self.effort, self.budget, self.request.edited
+            ),
+            "mixture": mixture,
+            "split size": self.request.split_max_size,
+            "statistics": digests(files),
+            "Hessians": file_facts(self.factors.folder.iterdir()) if self.factors else None,
+            **text_facts(self._text if texts else None, self.threads),
+        }
 
     @property
     def feeds_back(self) -> bool:
@@ -183,32 +225,27 @@ class GGUFJob:
 
         return read_texts(split_sources(self.calibration)[1], self._opened.tokenizer(), CONTEXT, self.chunks or CHUNKS)
 
-    def _identity(self, plan: Plan) -> str:
-        return run_identity(plan, self._opened, self._text, "cpu", self.effort)
-
-    def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
-        run = (plan, self._opened, self._text, scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, self.progress, self.effort, self.workers)
-
-    def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
+    def _run(self, kept: Path | None) -> Statistics:
         texts = split_sources(self.calibration)[1]
         gradients = self.budget is not None
         return calibrate_texts(
-            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress, self.workers
+            self.model, texts, kept, self.chunks, gradients, self.threads, True, self.progress, self.workers
         )  # fmt: skip
 
-    def _made(self, statistics: Statistics | None, file: Path) -> tuple[GGUFSource, Plan, Importances | None]:
+    def _made(
+        self, statistics: Statistics | None, file: Path, work: WorkFolder | None = None
+    ) -> tuple[GGUFSource, Plan, Importances | None]:
         """What `execute` needs. Importances are empty where statistics are only promised, None where the target has
         no use for them."""
         if statistics is None:
             plan = make_plan(self.source, self.request)
-            return self.source, self._within_budget(self.source, plan, None, file), None
+            return self.source, self._within_budget(self.source, plan, None, file, work), None
         told = with_provenance(self.source, statistics, file)
         mixture = replace(self.request.mixture, has_imatrix=True)
         plan = make_plan(told, replace(self.request, mixture=mixture))
         if self.budget is not None and not statistics.tensors:
             return told, plan, {}
-        plan = self._within_budget(told, plan, statistics, file)
+        plan = self._within_budget(told, plan, statistics, file, work)
         if not any(uses_importances(tensor) for tensor in plan.tensors):
             plan = make_plan(self.source, self.request) if self.budget is None else plan
             note = "this target has no use for calibration"
@@ -222,11 +259,18 @@ class GGUFJob:
         found, notes = importances_of(plan, statistics, file)
         return told, plan.model_copy(update={"notes": [*plan.notes, *notes]}), found
 
-    def _within_budget(self, source: GGUFSource, plan: Plan, statistics: Statistics | None, file: Path) -> Plan:
+    def _within_budget(
+        self, source: GGUFSource, plan: Plan, statistics: Statistics | None, file: Path, work: WorkFolder | None
+    ) -> Plan:
         if self.budget is None:
             return plan
+        if work and (known := work.read(PLAN)):
+            return Plan.model_validate_json(known)
         learned = Learned({}, self.factors)
         fed_back = linears_of(self._opened) if self.feeds_back else ()
-        return plan_budget(
+        spent = plan_budget(
             source, plan, self.budget, self.output, statistics, file, learned, self.threads, self.progress, fed_back
         )  # fmt: skip
+        if work:
+            work.keep(PLAN, spent.model_dump_json().encode())
+        return spent

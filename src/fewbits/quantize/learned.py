@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
-from fewbits.formats.gguf.source import ReadBytes
 from fewbits.methods import Factor
 from fewbits.methods.gptq import feedback_span
 from fewbits.quantize.hessians import Factors
@@ -23,12 +21,10 @@ class Learned:
     Attributes:
         importances: by tensor name.
         factors: of the Hessians.
-        made: by tensor name, what reads the bytes of tensors that were quantized while text ran through the model.
     """
 
     importances: Importances = field(default_factory=dict)
     factors: Factors | None = None
-    made: Mapping[str, ReadBytes] = field(default_factory=dict)
 
     def importance(self, name: str, expert: int) -> npt.NDArray[np.float32] | None:
         """float32 [columns], or None for ones."""

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
-from fewbits.checkpoint.safetensors import read_json
 from fewbits.errors import FewbitsError
-from fewbits.formats.atomic import AtomicFile, check_room, explain
+from fewbits.formats.atomic import explained
 from fewbits.formats.directory.shards import INDEX, MAX_SHARD_SIZE, NUMPY_TYPES, Entry, ShardFile, index_json, lay_out
+from fewbits.formats.journal import published, sync
+from fewbits.formats.tensor_files import File, Span, TensorFiles
+from fewbits.formats.work import WorkFolder, remove
 
 __all__ = ["MAX_SHARD_SIZE", "DirectoryWriter", "Entry", "ShardFile", "check_directory_output", "index_json", "lay_out"]
 
-STATE, LOCK, SCRATCH = "state.json", ".lock", ".scratch"
 OUR_FILES = re.compile(
     r"[\w-][\w.-]*\.(json|safetensors|jinja|model|onnx|onnx\.data)|README\.md|(?i:licen[sc]e|notice|copying)[\w.-]*"
     r"|merges\.txt|vocab\.txt|additional_chat_templates/[\w-][\w.-]*\.jinja"
@@ -56,6 +51,8 @@ def check_directory_output(path: Path, overwrite: bool = False, source: Path | N
         raise FewbitsError(f"{path}: the output is a file, a model directory is to be written.", "Name a folder.")
     if not any(final.iterdir()):
         return
+    if published(final):
+        return  # the folder is there because a run was killed in its last step
     if not overwrite:
         raise FewbitsError(f"{path}: the output exists.", "Choose another name or pass --overwrite.")
     names = (file.relative_to(final).as_posix() for file in final.rglob("*") if file.is_symlink() or not file.is_dir())
@@ -79,68 +76,62 @@ def _is_ours(folder: Path) -> bool:
 class DirectoryWriter:
     """A context manager for a model directory, which appears under its final name whole or not at all.
 
-    Tensors are put in any order, from any thread. Until the end everything lies beside the final name: in a hidden
-    folder, or with a `resume_key` in `<path>.partial`, which is kept on errors once something is recorded there.
+    Tensors are put in any order, from any thread. Until the end everything lies in the work folder.
 
     Args:
-        path: the final folder. Its parent exists.
+        work: of this run; its output is the final folder, whose parent exists.
         shards: as `lay_out` gives them.
         files: further files by relative name, e.g. config.json; `add_file` takes more.
-        overwrite: replace a model directory that we wrote, and an unfinished run of another key.
-        resume_key: identity of model, text and options. Tensors that an earlier run of the same key recorded are kept.
+        overwrite: replace a model directory that we wrote.
         source: the model that is read: it is never replaced.
 
     Raises:
-        FewbitsError: the output exists, no room, an unfinished run with another key, or one that is going on;
-            at the end: a tensor was not put.
+        FewbitsError: the output exists, no room; in `finish`: a tensor was not put.
     """
 
     def __init__(
         self,
-        path: Path,
+        work: WorkFolder,
         shards: Sequence[ShardFile],
         files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
-        resume_key: str | None = None,
         source: Path | None = None,
     ) -> None:
-        self.path = path
+        self.path = work.output
+        self.work = work
         self.overwrite = overwrite
         self.source = source
-        self._final = path.resolve()
         self._shards = shards
         self._places = {entry.name: (shard.name, entry, at) for shard in shards for entry, at in shard.offsets()}
         self._files: dict[str, bytes] = {}
-        self._key = None if resume_key is None else _digest(resume_key, shards)
-        hidden = f".{self._final.name}.{os.getpid()}.partial"
-        self.partial = self._final.with_name(hidden if resume_key is None else f"{self._final.name}.partial")
-        self._mutex = threading.Lock()
-        self._recording = threading.Lock()
-        self._lock = FileLock(self.partial / LOCK, timeout=0, thread_local=False)
-        self._claimed: set[str] = set()
-        self._written: set[str] = set()
-        self._recorded: set[str] = set()
-        check_directory_output(path, overwrite, source)
+        check_directory_output(self.path, overwrite, source)
         for name, data in (files or {}).items():
             self.add_file(name, data)
+        self.tensors = TensorFiles(
+            work,
+            [File(shard.name, shard.header, shard.nbytes) for shard in shards],
+            {name: Span(file, at, entry.nbytes) for name, (file, entry, at) in self._places.items()},
+            self.nbytes - sum(shard.nbytes for shard in shards),
+        )
 
-    @property
-    def scratch(self) -> Path:
-        """A folder for what the run itself needs to go on after an interruption; it is gone in the end."""
-        folder = self.partial / SCRATCH
-        folder.mkdir(exist_ok=True)
-        return folder
+    def __enter__(self) -> DirectoryWriter:
+        self.tensors.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.tensors.__exit__(kind, error, trace)
 
     def add_file(self, name: str, data: bytes) -> None:
         """A further file, written at the end; a later one of the same name counts."""
-        if not OUR_FILES.fullmatch(name) or name == STATE or name in {shard.name for shard in self._shards}:
+        if not OUR_FILES.fullmatch(name) or name in {shard.name for shard in self._shards}:
             raise FewbitsError(f"{self.path}: {name!r} is no file of a model directory.")
         self._files[name] = data
 
     def has(self, name: str) -> bool:
-        """Whether a tensor is written, now or by the run that is resumed."""
-        self._place(name)
-        return name in self._written
+        """Whether a tensor is written, now or by the run that is gone on from."""
+        return self.tensors.has(name)
 
     def places(self) -> Iterator[tuple[str, tuple[str, Entry, int]]]:
         """Every tensor by name: its file, what it is, and where its bytes start in the file."""
@@ -148,10 +139,7 @@ class DirectoryWriter:
 
     def stored(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor that is written."""
-        if not self.has(name):
-            raise FewbitsError(f"{self.path}: tensor {name!r} is read before it is written.")
-        file, entry, offset = self._place(name)
-        return np.fromfile(self.partial / file, np.uint8, entry.nbytes, offset=offset)
+        return self.tensors.stored(name)
 
     def put(self, name: str, data: Data) -> None:
         """Write a tensor, once.
@@ -163,7 +151,8 @@ class DirectoryWriter:
         Raises:
             FewbitsError: unknown or already written, another shape, type or size, disk full.
         """
-        entry = self._place(name)[1]
+        self.tensors.span(name)
+        entry = self._places[name][1]
         shaped = isinstance(data, np.ndarray) and not (data.dtype == np.uint8 and data.ndim == 1)
         if isinstance(data, np.ndarray) and shaped and data.shape != entry.shape:
             wanted = list(entry.shape)
@@ -176,45 +165,9 @@ class DirectoryWriter:
         Args:
             pieces: bytes, uint8 arrays of any shape that hold bytes, or arrays of the entry's type.
         """
-        file, entry, offset = self._place(name)
-        with self._mutex:
-            if name in self._claimed:
-                raise FewbitsError(f"{self.path}: tensor {name!r} is written twice.")
-            self._claimed.add(name)
-        try:
-            written = 0
-            for piece in pieces:
-                data = self._bytes(entry, piece)
-                # checked before writing: never into the next tensor
-                if written + data.nbytes <= entry.nbytes:
-                    self._write(file, offset + written, data)
-                written += data.nbytes
-            if written != entry.nbytes:
-                raise FewbitsError(f"{self.path}: tensor {name!r} came out as {written} bytes, not {entry.nbytes}.")
-        except BaseException:
-            with self._mutex:
-                self._claimed.discard(name)
-            raise
-        with self._mutex:
-            self._written.add(name)
-
-    def checkpoint(self, names: Iterable[str]) -> None:
-        """Record tensors as done, once they are safely on the disk. Without a resume key nothing is recorded.
-
-        Raises:
-            FewbitsError: one of them is not written yet.
-        """
-        if self._key is None:
-            return
-        with self._recording, self._explained():
-            fresh = {name for name in names if name not in self._recorded}
-            for name in fresh:
-                if not self.has(name):
-                    raise FewbitsError(f"{self.path}: tensor {name!r} is recorded before it is written.")
-            for file in {self._places[name][0] for name in fresh}:
-                _sync(self.partial / file)
-            self._recorded |= fresh
-            self._record()
+        self.tensors.span(name)
+        entry = self._places[name][1]
+        self.tensors.put(name, (self._bytes(entry, piece) for piece in pieces))
 
     @property
     def nbytes(self) -> int:
@@ -222,137 +175,26 @@ class DirectoryWriter:
         index = index_json(self._shards) or b""
         return sum(shard.nbytes for shard in self._shards) + sum(map(len, self._files.values())) + len(index)
 
-    def __enter__(self) -> DirectoryWriter:
-        created = not self.partial.exists()
-        try:
-            with self._explained():
-                self._begin()
-        except BaseException:
-            self._lock.release(force=True)
-            if created:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-        return self
+    def finish(self) -> Path:
+        """Write what stands beside the tensors; returns the finished folder, which waits to be published.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        published = False
-        try:
-            if error is None:
-                with self._explained():
-                    self._publish()
-                published = True
-        finally:
-            self._lock.release(force=True)
-            if not published and not self._worth_keeping():
-                shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _worth_keeping(self) -> bool:
-        scratch = self.partial / SCRATCH
-        return self._key is not None and bool(self._recorded or (scratch.is_dir() and any(scratch.iterdir())))
-
-    def _begin(self) -> None:
-        if self._key is None:
-            shutil.rmtree(self.partial, ignore_errors=True)  # of a killed process whose number came again
-            self.partial.mkdir()
-        else:
-            self._resume(self._key)
-        check_room(self._final, self.nbytes - sum(self._places[name][1].nbytes for name in self._recorded))
-        for shard in self._shards:
-            with open(self.partial / shard.name, "ab") as stream:
-                stream.truncate(shard.nbytes)
-            self._write(shard.name, 0, memoryview(shard.header))
-        if self._key is not None:
-            self._record()
-
-    def _resume(self, key: str) -> None:
-        in_the_way = FewbitsError(f"{self.partial}: it is in the way of what an unfinished run keeps.", "Move it.")
-        if self.partial.exists() and not self.partial.is_dir():
-            raise in_the_way
-        self.partial.mkdir(exist_ok=True)
-        found = [entry.name for entry in self.partial.iterdir()]
-        try:
-            state = read_json(self.partial / STATE)
-        except FewbitsError:
-            # the state is there before anything else of ours
-            if any(name != LOCK and not name.startswith(f".{STATE}.") for name in found):
-                raise in_the_way from None
-            state = {}
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise FewbitsError(f"{self.path}: another run is writing it.", "Wait for its end.") from None
-        if state and state.get("key") != key:
-            if not self.overwrite:
-                raise FewbitsError(
-                    f"{self.partial}: an unfinished run with another model, text or options.",
-                    "Repeat it with the same, or pass --overwrite to begin anew.",
-                )
-            self._clear(keep={LOCK})
-            state, found = {}, []
-        sizes = {shard.name: shard.nbytes for shard in self._shards}
-        whole = {name for name in found if name in sizes and (self.partial / name).stat().st_size == sizes[name]}
-        recorded = [name for name in state.get("done", []) if name in self._places]
-        done = {name for name in recorded if self._places[name][0] in whole}
-        self._claimed, self._written, self._recorded = set(done), set(done), set(done)
-        self._record()
-
-    def _clear(self, keep: set[str]) -> None:
-        for entry in self.partial.iterdir():
-            if entry.name in keep:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-    def _record(self) -> None:
-        with AtomicFile(self.partial / STATE, overwrite=True) as file:
-            file.write(json.dumps({"key": self._key, "done": sorted(self._recorded)}).encode())
-
-    def _publish(self) -> None:
-        missing = [name for name in self._places if name not in self._written]
-        if missing:
-            raise FewbitsError(f"{self.path}: {len(missing)} tensors were not written, {missing[0]!r} among them.")
+        Raises:
+            FewbitsError: a tensor is missing, or something has come to be where the output is to stand.
+        """
+        self.tensors.finish()
         check_directory_output(self.path, self.overwrite, self.source)
         index = index_json(self._shards)
-        files = {**self._files, **({INDEX: index} if index else {})}
-        for name, data in files.items():
-            target = self.partial / name
-            target.parent.mkdir(exist_ok=True)
-            with AtomicFile(target, overwrite=True) as file:
-                file.write(data)
-        for shard in self._shards:
-            _sync(self.partial / shard.name)
-        self._lock.release(force=True)
-        # lock, scratch, and what a killed run may have left; without its state an unfinished run could not go on
-        ours = {shard.name for shard in self._shards} | {name.split("/")[0] for name in files}
-        self._clear(keep={STATE, *ours})
-        self._replace()
-        (self._final / STATE).unlink(missing_ok=True)
-
-    def _replace(self) -> None:
-        """Rename the finished folder; what stood there before is removed last."""
-        old = self._final.with_name(f".{self._final.name}.{os.getpid()}.old")
-        replaces = self._final.exists()
-        if replaces:
-            os.rename(self._final, old)
-        try:
-            os.rename(self.partial, self._final)
-        except BaseException:
-            if replaces:
-                os.rename(old, self._final)
-            raise
-        if os.name == "posix":
-            _sync(self._final)
-            _sync(self._final.parent)
-        if replaces:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _place(self, name: str) -> tuple[str, Entry, int]:
-        try:
-            return self._places[name]
-        except KeyError:
-            raise FewbitsError(f"{self.path}: no tensor {name!r} was laid out.") from None
+        with explained(self.path):
+            for entry in self.tensors.folder.iterdir():
+                if entry.name not in {shard.name for shard in self._shards}:
+                    remove(entry)  # an interrupted run of this has left it
+            for name, data in {**self._files, **({INDEX: index} if index else {})}.items():
+                target = self.tensors.folder / name
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(data)
+                sync(target)
+                sync(target.parent)
+        return self.tensors.folder
 
     def _bytes(self, entry: Entry, piece: Data) -> memoryview:
         if not isinstance(piece, np.ndarray):
@@ -360,33 +202,3 @@ class DirectoryWriter:
         if piece.dtype not in (np.dtype(NUMPY_TYPES[entry.dtype]), np.uint8):  # uint8: its bytes
             raise FewbitsError(f"{self.path}: tensor {entry.name!r} came out as {piece.dtype}, not {entry.dtype}.")
         return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-
-    def _write(self, file: str, offset: int, data: memoryview) -> None:
-        # a stream of its own for every write: positions are not shared between threads
-        with self._explained(), open(self.partial / file, "r+b") as stream:
-            stream.seek(offset)
-            stream.write(data)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise explain(self.path, error) from None
-
-
-def _digest(key: str, shards: Sequence[ShardFile]) -> str:
-    """The identity of a run: what was asked for and the exact files that it makes."""
-    whole = hashlib.sha256(key.encode())
-    for shard in shards:
-        whole.update(shard.name.encode() + b"\0" + shard.header)
-    return whole.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are safely on the disk."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

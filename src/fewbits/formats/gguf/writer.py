@@ -17,6 +17,7 @@ from gguf import GGUFValueType
 from fewbits.checkpoint.gguf import GGML_TYPES, SCALARS
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import AtomicFile, check_output
+from fewbits.formats.tensor_files import Span
 
 ALIGNMENT = 32
 VERSION = 3
@@ -88,8 +89,28 @@ def _groups(tensors: Sequence[TensorEntry], split: int | None) -> list[list[Tens
     return groups
 
 
+def spans_of(shards: Sequence[Shard], parts: Mapping[str, int] | None = None) -> dict[str, Span]:
+    """Where the tensors lie.
+
+    Args:
+        parts: of how many parts of one size a tensor is put together; they are named `TENSOR.0` and so on.
+    """
+    found = {}
+    for shard in shards:
+        start = len(shard.header)
+        for entry in shard.tensors:
+            count = (parts or {}).get(entry.name)
+            if count is None:
+                found[entry.name] = Span(shard.path.name, start, entry.nbytes)
+            else:
+                size = entry.nbytes // count
+                found |= {f"{entry.name}.{n}": Span(shard.path.name, start + n * size, size) for n in range(count)}
+            start += padded(entry.nbytes)
+    return found
+
+
 def write_shards(shards: Sequence[Shard], data: Iterator[Iterable[bytes | memoryview]], overwrite: bool) -> None:
-    """Write the files, each under its final name only when whole.
+    """Write small files, each under its final name only when whole.
 
     Args:
         data: for each tensor, in the order of the shards, its bytes in pieces.
