@@ -24,7 +24,7 @@ from fewbits.calibration.collect import owners
 from fewbits.calibration.statistics import Sensitivities, Sensitivity
 from fewbits.calibration.texts import CalibrationText
 from fewbits.checkpoint import Model
-from fewbits.forward.streamed import Progress, Stream, StreamedModel, activations
+from fewbits.forward.streamed import Progress, Stream, StreamedModel
 
 WINDOWS = 16
 """Windows whose gradients are taken, where nothing else is said: sums over a matrix are then good to some 10 %."""
@@ -62,7 +62,7 @@ class _Descent:
         count = len(self.streamed.layers)
         with torch.no_grad():
             stream = self.streamed.enter(self.inputs, together=1)
-            entered = activations((count, *stream.hidden.shape))
+            entered = self.streamed.activations((count, *stream.hidden.shape))
             for index in range(count):
                 entered[index] = stream.hidden
                 self.streamed.run_block(index, self.streamed.block(index), stream)

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import HEAD, Target, alike, follow, methods_for, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
-from fewbits.quantize.matrices import Arrays, Floats, packed
+from fewbits.quantize.matrices import Arrays, Floats, goes_by_rows, packed, packed_by_rows
 from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fewbits.quantize.rescaling import Rescaling
 
 COPIED_BYTES = 1 << 26
+ENCODED_WEIGHTS = 1 << 23
 WEIGHTS_AT_ONCE = 1 << 27
 """Weights that are worked on at once, where no single tensor has more: half a gigabyte as float32."""
 
@@ -267,7 +269,9 @@ class _Run:
             for start in range(0, size, COPIED_BYTES):
                 yield self.model.checkpoint.raw(tensor.name, start, start + COPIED_BYTES)
         else:
-            yield encoded(tensor, self.model.read(tensor.name))
+            step = max(1, ENCODED_WEIGHTS // max(1, prod(tensor.shape[1:])))
+            for start in range(0, tensor.shape[0], step):
+                yield encoded(tensor, self.model.read(tensor.name, slice(start, start + step)))
 
     def one_by_one(self) -> None:
         """Without calibration no weight depends on another: several at once, as many as fit into the budget."""
@@ -287,18 +291,21 @@ class _Run:
             if self.progress:
                 self.progress(done, total, tensor.name)
 
-    def _weights(self, tensor: PlannedTensor) -> Floats:
-        """A weight as it is; a head that shares the embeddings' matrix has no tensor of its own."""
+    def _weights(self, tensor: PlannedTensor, rows: slice | None = None) -> Floats:
+        """A weight as it is, or some rows; a head that shares the embeddings' matrix has no tensor of its own."""
         name = tensor.name
         if tensor.reason == HEAD:
             name = arch.head_source(self.model.config, {name: self.model.shape(name) for name in self.model.names})
-        return np.ascontiguousarray(self.model.read(name), np.float32)
+        return np.ascontiguousarray(self.model.read(name, rows), np.float32)
 
     def _one(self, tensor: PlannedTensor) -> None:
-        weights = self._weights(tensor)
+        layout, shape = self.layout(tensor), (tensor.shape[0], tensor.shape[1])
         try:
-            known = Known(amax=self._amax(tensor, weights))
-            arrays = packed(weights, self.layout(tensor), tensor.method, known)
+            if goes_by_rows(layout, tensor.method):
+                arrays = packed_by_rows(partial(self._weights, tensor), shape, layout, tensor.method)
+            else:
+                weights = self._weights(tensor)
+                arrays = packed(weights, layout, tensor.method, Known(amax=self._amax(tensor, weights)))
         except FewbitsError as error:
             raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
         self.put(tensor.name, arrays)
