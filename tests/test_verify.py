@@ -312,3 +312,15 @@ def test_exit_codes(copy: Path) -> None:
         file.truncate(info.offset)
     lost = run(copy, "--quick")
     assert lost.returncode == 2 and lost.stdout == "" and "truncated" in lost.stderr
+
+
+@pytest.mark.parametrize("split", [None, 1_000_000])
+def test_what_quantize_makes_is_verified(copy: Path, tmp_path: Path, split: int | None) -> None:
+    """Blocks that are copied are not looked at on the way."""
+    patched(copy, GGUFCheckpoint(copy).tensors[GGUF_DOWN].offset, b"\xff\x7e\xff\x7e")
+    with pytest.raises(FewbitsError, match=f"{GGUF_DOWN}.*not finite.*faulty"):
+        fewbits.quantize(copy, "COPY", tmp_path / "again.gguf", split_max_size=split)
+    made = [path.name for path in tmp_path.iterdir() if path != copy]
+    assert made and all(name.endswith(".gguf.faulty") for name in made)
+    report = fewbits.quantize(copy, "COPY", tmp_path / "again.gguf", split_max_size=split, verify=False)
+    assert all((tmp_path / file.name).exists() for file in report.files)

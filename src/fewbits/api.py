@@ -23,6 +23,7 @@ from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
 from fewbits.quantize.importances import Progress
+from fewbits.verify.made import check_made
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
 
@@ -197,6 +198,7 @@ def quantize(
     measure_text: str | Path | None = None,
     measure_chunks: int | None = None,
     budget: Budget | None = None,
+    verify: bool = True,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
@@ -207,12 +209,14 @@ def quantize(
         measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
         measure_chunks: most windows of it.
         budget: see `plan`.
+        verify: decode everything that was written once more.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
     `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
 
     Raises:
-        FewbitsError: bad input, an output that exists, a full disk; nothing is left under the final name.
+        FewbitsError: bad input, an output that exists, a full disk, files that do not decode to finite weights; nothing
+            is left under the final name.
     """
     if is_directory_target(target):
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
@@ -224,6 +228,8 @@ def quantize(
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
         report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)
+        if verify:
+            check_made([Path(output)], threads, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
@@ -239,7 +245,10 @@ def quantize(
     made = GGUFJob.of(
         source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
     )
-    return made.execute(overwrite)
+    report = made.execute(overwrite)
+    if verify:
+        check_made([Path(output).with_name(file.name) for file in report.files], threads, progress)
+    return report
 
 
 def _request(

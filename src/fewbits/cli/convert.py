@@ -26,6 +26,7 @@ def command(
     pre_tokenizer: o.PreTokenizer = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = False,
+    verify: o.Verify = True,
     json: o.Json = False,
 ) -> None:
     """Convert a model to GGUF, or join, split or decode GGUF files, without quantizing.
@@ -46,5 +47,6 @@ def command(
             threads=threads,
             overwrite=overwrite,
             progress=progress,
+            verify=verify,
         )
     show(report, json)

@@ -21,6 +21,9 @@ TargetArgument = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores to use; all by default.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Decode what was written once more, to find damage.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 TensorTypes = Annotated[
     list[str] | None,

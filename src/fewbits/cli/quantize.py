@@ -46,6 +46,7 @@ def command(
     measure_chunks: o.MeasureChunks = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = False,
+    verify: o.Verify = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     json: o.Json = False,
 ) -> None:
@@ -104,6 +105,7 @@ def command(
             threads=threads,
             overwrite=overwrite,
             progress=progress,
+            verify=verify,
         )
     show(report, json)
 

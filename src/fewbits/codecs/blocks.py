@@ -79,9 +79,12 @@ class BlocksCoded(Coded):
 
         if not tensors:
             return torch.from_numpy(self.decode())
-        shares = tensors["shares"]
-        weights: torch.Tensor = (shares[:, None] @ self._parts.to(shares.device)).view(len(self.data), -1)
-        return weights
+        shares, parts = tensors["shares"][..., None], self._parts.to(tensors["shares"].device)
+        # no product of matrices: calibration takes those in bfloat16, which has no steps small enough for shares near 1
+        weights = shares[:, 0] * parts[:, 0]
+        for number in range(1, parts.shape[1]):
+            weights = torch.addcmul(weights, shares[:, number], parts[:, number])
+        return weights.view(len(self.data), -1)
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> BlocksCoded:
         return self.with_steps(self.steps * tensors["shares"].detach().cpu().numpy()) if tensors else self
