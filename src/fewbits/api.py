@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
 from fewbits.quantize.importances import Progress
+from fewbits.quantize.memory_need import read_back_threads
 from fewbits.verify.made import check_made
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
@@ -199,6 +201,7 @@ def quantize(
     measure_chunks: int | None = None,
     budget: Budget | None = None,
     verify: bool = True,
+    max_memory: int | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
@@ -210,6 +213,7 @@ def quantize(
         measure_chunks: most windows of it.
         budget: see `plan`.
         verify: decode everything that was written once more.
+        max_memory: most bytes of memory to use; None: no limit. The files do not depend on it.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
     `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
@@ -224,12 +228,16 @@ def quantize(
         check_directory_output(Path(output), overwrite, Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
-        job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
+        job = replace(
+            DirectoryJob.of(source, target, *options, head_bits, measured, effort), max_memory=max_memory
+        )  # fmt: skip
+        limits = job.limits(Path(output), threads)
+        read_back = read_back_threads(job.plan, max_memory, threads) if verify else None
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress)
+        report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress, limits)
         if verify:
-            check_made([Path(output)], threads, progress)
+            check_made([Path(output)], read_back, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
@@ -245,9 +253,10 @@ def quantize(
     made = GGUFJob.of(
         source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
     )
-    report = made.execute(overwrite)
+    report = replace(made, max_memory=max_memory).execute(overwrite)
     if verify:
-        check_made([Path(output).with_name(file.name) for file in report.files], threads, progress)
+        files = [Path(output).with_name(file.name) for file in report.files]
+        check_made(files, threads if max_memory is None else 1, progress)
     return report
 
 

@@ -15,6 +15,7 @@ import torch
 from fewbits.calibration.collect import BlockRecorder, Inputs, gguf_names, owners
 from fewbits.calibration.hessians import block_file, check_folder, open_block, publish, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
+from fewbits.calibration.memory_need import Block, TextRun
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
 from fewbits.calibration.resume import WorkFolder
 from fewbits.calibration.sensitivity import sensitivities
@@ -26,6 +27,7 @@ from fewbits.formats.atomic import check_output
 from fewbits.forward.clock import Clock
 from fewbits.forward.identity import fingerprint
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
+from fewbits.spill import Spill
 from fewbits.version import __version__
 
 DEVICES = ("cpu", "cuda", "auto")
@@ -57,6 +59,7 @@ def calibrate(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_memory: int | None = None,
 ) -> Calibration:
     """Run text through a model and note how large the inputs of every weight's columns are.
 
@@ -79,6 +82,7 @@ def calibrate(
         threads: None means all cores.
         overwrite: replace outputs that exist, and begin anew where another run was not finished.
         progress: called with (blocks done, blocks, what).
+        max_memory: most bytes of memory to use; None: no limit. The result does not depend on it.
 
     Raises:
         FewbitsError: unreadable or too short text, an output that exists, a model that is not known or gives inputs
@@ -107,17 +111,29 @@ def calibrate(
     if paths:
         with job.clock.step("tokenize"):
             text = read_texts(paths, job.model.tokenizer(), context, chunks)
+        job.spill = _spill(job, text, sensitivity, max_memory, threads)
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
             statistics = job.run(text)
         if sensitivity:
             with job.clock.step("gradients"), torch_threads(threads or os.cpu_count() or 1):
-                statistics.sensitivities = sensitivities(job.model, text, progress=progress)
+                statistics.sensitivities = sensitivities(job.model, text, progress=progress, spill=job.spill)
     statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
     if final is not None:
         with job.clock.step("write"):
             write_statistics(statistics, final, format, overwrite)
     job.finish()
     return Calibration(statistics, job.report(statistics, [str(path) for path in merge], context))
+
+
+def _spill(job: _Job, text: CalibrationText, gradients: bool, most: int | None, threads: int | None) -> Spill:
+    """Where the run's large arrays live, so that it keeps within `most` bytes of memory."""
+    beside = job.output.absolute().parent if job.output else None
+    if most is None:
+        return Spill(folder=beside)
+    windows, context = text.inputs.shape
+    kinds = ("whole",) if job.hessians else ()
+    run = TextRun(Block.of(job.model, context), windows, context, kinds, all_inputs=True, gradients=gradients)
+    return run.limits(most, beside, threads).spill
 
 
 def resolve_device(wanted: str) -> str:
@@ -145,6 +161,7 @@ class _Job:
     device: str
     overwrite: bool
     progress: Progress | None
+    spill: Spill = field(default_factory=Spill)
     text: CalibrationText | None = None
     work: WorkFolder | None = None
     resumed_after: int = 0
@@ -159,7 +176,7 @@ class _Job:
         """All windows through all blocks."""
         self.text = text
         with self.clock.step("build"):
-            streamed = StreamedModel(self.model)
+            streamed = StreamedModel(self.model, spill=self.spill)
             owned = owners(self.model)
             text.check(streamed.n_vocab, self.model.path)
         tensors: dict[str, TensorStatistics] = {}

@@ -34,6 +34,7 @@ def command(
     ] = "gguf",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")] = "auto",
     threads: o.Threads = None,
+    max_memory: o.MaxMemory = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
@@ -59,6 +60,7 @@ def command(
             format=format,
             device=device,
             threads=threads,
+            max_memory=o.bytes_of(max_memory),
             overwrite=overwrite,
             progress=progress,
         ).report

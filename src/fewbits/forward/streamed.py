@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 BATCH_TOKENS = 2048
 """Windows run together up to so many tokens: enough to keep the matrix products busy, small beside a block."""
+ROWS_WEIGHTS = 1 << 23
+"""Weights of an embedding that are read at a time."""
 FUSED_EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "experts.down_proj": (("down_proj",), ("w2",)),
@@ -358,11 +361,15 @@ class StreamedModel:
             if not embedding and not final_norm and any(True for _ in module.parameters()):
                 base._modules[name] = nn.Identity()  # the norm: its result would be thrown away
                 continue
-            base._modules[name] = self.materialize(module, path)
+            base._modules[name] = self.materialize(module, path, spilled=embedding)
         return base
 
-    def materialize(self, meta: nn.Module, path: str) -> nn.Module:
-        """A copy of a meta module with its weights read and its buffers computed."""
+    def materialize(self, meta: nn.Module, path: str, spilled: bool = False) -> nn.Module:
+        """A copy of a meta module with its weights read and its buffers computed.
+
+        Args:
+            spilled: whether weights that are too large for memory go to a file: of embeddings few rows are used.
+        """
         module = copy.deepcopy(meta)
         for part in module.modules():
             lost = {name: buffer for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta}
@@ -372,7 +379,7 @@ class StreamedModel:
                 # how transformers itself restores buffers that no file holds; weights on meta are not touched
                 self.skeleton._init_weights(part)
         state = {
-            name: self._tensor(f"{path}.{name}", tuple(parameter.shape))
+            name: self._tensor(f"{path}.{name}", tuple(parameter.shape), spilled)
             for name, parameter in module.named_parameters()
         }
         module.load_state_dict(state, strict=False, assign=True)
@@ -391,8 +398,10 @@ class StreamedModel:
                 return tuple(stored for stored in first if stored)
         return ()
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], spilled: bool = False) -> torch.Tensor:
         found = self._on_disk(name)
+        if found and spilled and self.model.shape(found) == shape and 4 * prod(shape) > self.spill.above:
+            return self._spilled(found, shape)
         value = self._read(found) if found else self._fused(name, shape)
         if value is None:
             raise FewbitsError(f"{self.model.path}: tensor {name!r} is missing.")
@@ -401,6 +410,15 @@ class StreamedModel:
                 f"{self.model.path}: tensor {name!r} has shape {list(value.shape)}, the config says {list(shape)}."
             )
         return self.round(value)
+
+    def _spilled(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        out = self.activations(shape)
+        step = max(1, ROWS_WEIGHTS // prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            rows = np.ascontiguousarray(self.model.read(name, slice(start, start + step)), np.float32)
+            out[start : start + step] = self.round(torch.from_numpy(rows))
+            self.spill.forget()
+        return out
 
     def _read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.model.read(name), np.float32))

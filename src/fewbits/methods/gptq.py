@@ -52,8 +52,7 @@ def factorize(
     """
     spill = spill or Spill()
     diagonal = hessian.diagonal().astype(np.float64)
-    # min and max carry any NaN along and allocate nothing
-    if not (np.isfinite(hessian.min()) and np.isfinite(hessian.max())) or diagonal.min() < 0:
+    if not _finite(hessian, spill) or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     groups = np.argsort(-diagonal.reshape(-1, span).sum(1), kind="stable")
     order = (groups[:, None] * span + np.arange(span)).reshape(-1)
@@ -84,9 +83,17 @@ def factorize(
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
-def choose_damping(
-    seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32], spill: Spill | None = None
-) -> float:
+def _finite(matrix: npt.NDArray[np.float32], spill: Spill) -> bool:
+    for start in range(0, len(matrix), COLUMNS):
+        # min and max carry any NaN along and allocate nothing
+        rows = matrix[start : start + COLUMNS]
+        if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+            return False
+        spill.forget()
+    return True
+
+
+def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32], spill: Spill | None = None) -> float:
     """Which of `DAMPINGS` makes feedback by one text lose least on another.
 
     With errors of rounding d that know nothing of each other, what is left of the weights is d diag(U)^-1 U, U the

@@ -221,7 +221,7 @@ class BlockwiseRun:
             names = inputs.of_expert(expert)
             # engines fuse what has the same input
             amax = max(float(views[name].abs().max()) for name in names)
-            known = known_of(inputs, expert, self.methods, self.streamed.spill)
+            known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
             known = replace(known, amax=amax, device=self.device, effort=self.effort)
             for name in names:
                 decoded = self._make(name, np.ascontiguousarray(views[name].cpu().numpy()), known)
@@ -251,7 +251,7 @@ class BlockwiseRun:
         inputs = Inputs.empty((name,), 1, self.stream.hidden, *options)
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        known = known_of(inputs, 0, self.methods, self.streamed.spill)
+        known = known_of(inputs, 0, self.methods, self.streamed.spill, last=True)
         self._make(name, weights, replace(known, device=self.device, effort=self.effort))
 
 
@@ -291,11 +291,16 @@ def hessians_of(methods: Collection[str]) -> set[str]:
     return found - {""}
 
 
-def known_of(inputs: Inputs, expert: int, methods: Collection[str], spill: Spill | None = None) -> Known:
-    """What the windows say of one input, in the forms that these methods use; an expert's Hessian is not kept in
-    `inputs`.
+def known_of(
+    inputs: Inputs, expert: int, methods: Collection[str], spill: Spill | None = None, last: bool = False
+) -> Known:
+    """What the windows say of one input, in the forms that these methods use.
 
     An expert that no token reached is left to the searched scales.
+
+    Args:
+        spill: where large matrices go.
+        last: whether this is asked once, so that `inputs` need not keep the expert's Hessian.
     """
     spill = spill or Spill()
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
@@ -316,8 +321,9 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str], spill: Spill
         seen = ((hessian - held) / (count - held_count)).cpu().numpy()
         known = replace(known, damping=choose_damping(seen, (held / held_count).cpu().numpy(), spill))
         del seen
-    del hessian, held
-    inputs.hessians[expert] = inputs.held[expert] = None
+    if last:
+        del hessian, held
+        inputs.hessians[expert] = inputs.held[expert] = None
     if "factor" not in hessians_of(methods):
         return known
     return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill))

@@ -24,6 +24,7 @@ from fewbits.codecs import codec
 from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
 from fewbits.layouts import Layout
+from fewbits.limits import Limits
 from fewbits.methods import Known
 from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
@@ -32,6 +33,7 @@ from fewbits.plan.directory import HEAD, Target, alike, follow, methods_for, pla
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.matrices import Arrays, Floats, goes_by_rows, packed, packed_by_rows
+from fewbits.quantize.memory_need import matrix_bytes
 from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
 
@@ -174,6 +176,7 @@ def execute_directory(
     overwrite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[DirectoryWriter], Mapping[str, bytes]] | None = None,
+    limits: Limits | None = None,
 ) -> QuantizeReport:
     """Make the model directory of a plan.
 
@@ -182,20 +185,22 @@ def execute_directory(
         threads: None takes every core. Without calibration the bytes do not depend on it.
         progress: called with what is done, what there is to do and the part at hand.
         finish: gives further files once all weights are written.
+        limits: how to keep within memory.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite; nothing is left under the final
             name. A calibrated run that was interrupted goes on when it is started again with the same arguments.
     """
     started = time.monotonic()
+    limits = limits or Limits(threads)
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
     key = run_identity(plan, model, request.text, device, request.effort) if request.text is not None else None
     notes = list(plan.notes)
     with (
-        ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
+        ThreadPoolExecutor(limits.threads or os.cpu_count() or 1, "quantize") as pool,
         DirectoryWriter(output, shards, files, overwrite, key, model.path) as writer,
     ):
-        run = _Run(plan, model, request, writer, pool, progress)
+        run = _Run(plan, model, request, writer, pool, progress, limits)
         try:
             if request.text is None:
                 run.plain(lambda name: True)
@@ -247,6 +252,7 @@ class _Run:
     writer: DirectoryWriter
     pool: ThreadPoolExecutor
     progress: Progress | None
+    limits: Limits
 
     def layout(self, tensor: PlannedTensor) -> Layout:
         return self.request.target.layout_of(tensor.codec)
@@ -281,8 +287,7 @@ class _Run:
         ahead: deque[tuple[PlannedTensor, Future[None]]] = deque()
         waiting = deque(todo)
         while waiting or ahead:
-            pending = sum(tensor.n_weights for tensor, _ in ahead)
-            if waiting and (not ahead or pending + waiting[0].n_weights <= WEIGHTS_AT_ONCE):
+            if waiting and (not ahead or self._fit_together([waiting[0], *(tensor for tensor, _ in ahead)])):
                 ahead.append((tensor := waiting.popleft(), self.pool.submit(self._one, tensor)))
                 continue
             tensor, future = ahead.popleft()
@@ -290,6 +295,11 @@ class _Run:
             done += tensor.nbytes
             if self.progress:
                 self.progress(done, total, tensor.name)
+
+    def _fit_together(self, tensors: list[PlannedTensor]) -> bool:
+        if self.limits.at_once is None:
+            return sum(tensor.n_weights for tensor in tensors) <= WEIGHTS_AT_ONCE
+        return sum(matrix_bytes(tensor, self.layout(tensor)) for tensor in tensors) <= self.limits.at_once
 
     def _weights(self, tensor: PlannedTensor, rows: slice | None = None) -> Floats:
         """A weight as it is, or some rows; a head that shares the embeddings' matrix has no tensor of its own."""
@@ -339,7 +349,7 @@ class _Run:
         layouts = {tensor.name: self.layout(tensor) for tensor in todo}
         by_name = {tensor.name: tensor for tensor in self.plan.tensors}
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
-            streamed = StreamedModel(self.model)
+            streamed = StreamedModel(self.model, spill=self.limits.spill)
             text.check(streamed.n_vocab, self.model.path)
             rough = rough_products(device)
             rescaling = self._rescaling(streamed, layouts, rough)
@@ -368,7 +378,7 @@ class _Run:
 
             run = BlockwiseRun(
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
-                *(self.request.effort, norms),
+                *(self.request.effort, norms, self.limits.parked),
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)

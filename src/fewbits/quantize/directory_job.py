@@ -26,6 +26,7 @@ from fewbits.forward.text import read_text
 from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
 from fewbits.layouts.onnx import ONNX
+from fewbits.limits import Limits
 from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan
@@ -41,7 +42,9 @@ from fewbits.quantize.directory import (
 from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
+from fewbits.quantize.memory_need import directory_limits, text_run
 from fewbits.quantize.onnx_job import graph_files, without_nulls
+from fewbits.spill import Spill
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -68,6 +71,7 @@ class DirectoryJob:
         budget: what an open target may take, until it is spent.
         measured: what the measuring pass found, to be kept beside the weights.
         seconds: that spending the budget took.
+        max_memory: most bytes of memory to use; None: no limit.
     """
 
     model: Model
@@ -81,6 +85,7 @@ class DirectoryJob:
     measurement: Path | None = None
     measured: bytes | None = None
     seconds: float = 0.0
+    max_memory: int | None = None
 
     @staticmethod
     def of(
@@ -171,7 +176,34 @@ class DirectoryJob:
         kept = measured.to_json() if measured else None
         return replace(self, plan=plan, budget=None, measured=kept, seconds=time.monotonic() - started)
 
-    def execute(self, output: Path, threads: int | None, overwrite: bool, progress: Progress | None) -> QuantizeReport:
+    def limits(self, output: Path, threads: int | None) -> Limits:
+        """How to keep within the memory that may be used.
+
+        Raises:
+            FewbitsError: that cannot be.
+        """
+        text, request, most, beside = self.text, self.request, self.max_memory, output.absolute().parent
+        if most is None:
+            return Limits(threads, Spill(folder=beside))
+        if text is None:
+            return directory_limits(self.plan, lambda t: request.target.layout_of(t.codec), most, threads)
+        from fewbits.quantize.tuning import epochs_of  # imports torch, which data-free targets do without
+
+        windows, context = text.inputs.shape
+        layouts = [request.target.layout_of(tensor.codec) for tensor in quantized_tensors(self.plan)]
+        run = text_run(self.plan, self.model, windows, context, epochs_of(layouts, request.effort) > 0)
+        if self.budget is not None:  # weights are tried in the model first: gradients, and the Hessians of whole blocks
+            replace(run, all_inputs=True, gradients=True, waits=False).limits(most, None, threads)
+        return run.limits(most, beside, threads)
+
+    def execute(
+        self,
+        output: Path,
+        threads: int | None,
+        overwrite: bool,
+        progress: Progress | None,
+        limits: Limits | None = None,
+    ) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
         files, notes = self._files(output)
         plan = self.plan.model_copy(update={"notes": [*self.plan.notes, *notes]})
@@ -184,7 +216,7 @@ class DirectoryJob:
                 files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
             finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish
+            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish, limits
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 

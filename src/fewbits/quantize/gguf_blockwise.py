@@ -28,6 +28,7 @@ from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_room
 from fewbits.formats.gguf.source import ReadBytes
+from fewbits.limits import Limits
 from fewbits.methods import method
 from fewbits.methods.base import Effort
 from fewbits.methods.gptq import feedback_span
@@ -118,6 +119,7 @@ def quantize_blockwise(
     threads: int | None = None,
     progress: Progress | None = None,
     effort: Effort = "default",
+    limits: Limits | None = None,
 ) -> dict[str, ReadBytes]:
     """Quantize the linears of the decoder blocks, and the head.
 
@@ -125,6 +127,7 @@ def quantize_blockwise(
         text: what calibrates the model.
         folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
         identity: of plan, model, text and whatever else the result follows from.
+        limits: how to keep within memory.
 
     Returns:
         By GGUF name, what reads a tensor's bytes.
@@ -148,9 +151,9 @@ def quantize_blockwise(
     methods = {source: _method(planned[place.tensor.name]) for source, place in linears.items()}
     work = WorkFolder(_begin(folder, identity), identity)
     check_room(folder, sum(planned[name].nbytes for name in {place.tensor.name for place in written.values()}))
-    cores = threads or os.cpu_count() or 1
-    with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
-        streamed = StreamedModel(model)
+    limits, cores = limits or Limits(threads), threads or os.cpu_count() or 1
+    with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(limits.threads or cores, "quantize") as pool:
+        streamed = StreamedModel(model, spill=limits.spill)
         text.check(streamed.n_vocab, model.path)
         stream = streamed.enter(text.inputs)
         first, _ = work.load(stream.hidden)
@@ -185,6 +188,7 @@ def quantize_blockwise(
             *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
             effort=effort,
             norms=torch.float32 if rescaling else None,
+            parked=limits.parked,
         )
         run.run(first, done, progress)
         for source, place in linears.items():

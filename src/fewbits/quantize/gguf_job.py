@@ -16,6 +16,7 @@ from fewbits.checkpoint import Model, open_checkpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output
 from fewbits.formats.gguf.source import GGUFSource, ReadBytes, gguf_source
+from fewbits.limits import Limits
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
@@ -36,7 +37,9 @@ from fewbits.quantize.importances import (
     with_provenance,
 )
 from fewbits.quantize.learned import Learned
+from fewbits.quantize.memory_need import gguf_limits, text_run
 from fewbits.quantize.planning import PlanRequest, default_output, make_plan
+from fewbits.spill import Spill
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -52,6 +55,7 @@ class GGUFJob:
         budget: how much the file may take, where types are chosen freely.
         effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
             block with error feedback.
+        max_memory: most bytes of memory to use; None: no limit.
     """
 
     model: str | Path
@@ -64,6 +68,7 @@ class GGUFJob:
     threads: int | None
     progress: Progress | None
     effort: Effort = "default"
+    max_memory: int | None = None
 
     @staticmethod
     def of(
@@ -139,14 +144,16 @@ class GGUFJob:
         started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output)[1]
-            return execute(plan, self.source, self.output, self.threads, overwrite, self.progress)
-        scratch = self.output.with_name(f"{self.output.name}.blocks")
+            threads = self._limits(plan).threads
+            return execute(plan, self.source, self.output, threads, overwrite, self.progress)
+        scratch, limits = self.output.with_name(f"{self.output.name}.blocks"), None
         before = unfinished(scratch)
         statistics, file = promised(
             self.model, self.calibration, self.output, self.chunks, overwrite or before is not None
         )  # fmt: skip
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
+            limits = self._limits(plan)
             if self.budget is None:  # how large a mixture gets is not known yet
                 check(plan, source, self.output, overwrite, feedback=True)
             if found is not None and file.exists() and before == self._identity(plan):
@@ -154,9 +161,10 @@ class GGUFJob:
             elif found is not None:
                 statistics = self._run(file, overwrite or before is not None)
         source, plan, found = self._made(statistics, file)
-        made = self._blockwise(plan, scratch) if self.feeds_back and found is not None else {}
+        limits = limits or self._limits(plan)
+        made = self._blockwise(plan, scratch, limits) if self.feeds_back and found is not None else {}
         learned = Learned(found or {}, self.factors, made)
-        report = execute(plan, source, self.output, self.threads, overwrite, self.progress, learned)
+        report = execute(plan, source, self.output, limits.threads, overwrite, self.progress, learned)
         if made:
             shutil.rmtree(scratch, ignore_errors=True)
         return report.model_copy(update={"seconds": time.monotonic() - started})
@@ -165,6 +173,21 @@ class GGUFJob:
     def feeds_back(self) -> bool:
         """Whether text runs through the model while it is quantized."""
         return self.effort != "fast" and not self.factors and bool(split_sources(self.calibration)[1])
+
+    def _limits(self, plan: Plan) -> Limits:
+        """How to keep within the memory that may be used.
+
+        Raises:
+            FewbitsError: that cannot be.
+        """
+        widest = max((t.shape[-1] for t in plan.tensors if t.method == "gptq"), default=0) if self.factors else 0
+        limits, beside = gguf_limits(plan, self.max_memory, self.threads, widest), self.output.absolute().parent
+        if self.max_memory is None or not self.feeds_back:
+            return replace(limits, spill=Spill(folder=beside))
+        windows, context = self._text.inputs.shape
+        # GGUF's blocks are tuned by this effort alone
+        run = text_run(plan, self._opened, windows, context, self.effort == "thorough")
+        return run.limits(self.max_memory, beside, limits.threads)
 
     @cached_property
     def _opened(self) -> Model:
@@ -179,15 +202,15 @@ class GGUFJob:
     def _identity(self, plan: Plan) -> str:
         return run_identity(plan, self._opened, self._text, "cpu", self.effort)
 
-    def _blockwise(self, plan: Plan, scratch: Path) -> dict[str, ReadBytes]:
+    def _blockwise(self, plan: Plan, scratch: Path, limits: Limits) -> dict[str, ReadBytes]:
         run = (plan, self._opened, self._text, scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, self.progress, self.effort)
+        return quantize_blockwise(*run, self.threads, self.progress, self.effort, limits)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
         gradients = self.budget is not None
         return calibrate_texts(
-            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress
+            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress, self.max_memory
         )  # fmt: skip
 
     def _made(self, statistics: Statistics | None, file: Path) -> tuple[GGUFSource, Plan, Importances | None]:

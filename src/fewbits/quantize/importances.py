@@ -109,6 +109,7 @@ def calibrate_texts(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_memory: int | None = None,
 ) -> Statistics:
     """What was `promised`: the statistics of texts, kept for other targets; see `calibration.run.calibrate`."""
     from fewbits.calibration.run import calibrate
@@ -123,6 +124,7 @@ def calibrate_texts(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
+        max_memory=max_memory,
     ).statistics
 
 

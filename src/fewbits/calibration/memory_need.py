@@ -1,0 +1,203 @@
+"""What running text through a model takes in memory, from headers alone. All terms are bytes and upper bounds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from fewbits import arch
+from fewbits.calibration.collect import HELD_COLUMNS
+from fewbits.checkpoint import Model
+from fewbits.forward.streamed import BATCH_TOKENS
+from fewbits.limits import Limits, Need, largest, resident
+from fewbits.methods.inverse_cholesky import PANEL
+from fewbits.spill import Spill
+
+LIBRARIES = 450 << 20
+"""What a process that has loaded torch still loads: the model's classes, kernels, and buffers of matrix products."""
+SPILLED = 1 << 26
+"""Where memory is short, arrays of more bytes are put into files."""
+LESS_TEXT = "Allow more memory, or take fewer --calibration-chunks"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The decoder block of a model that has most parameters.
+
+    Attributes:
+        name: prefix of its tensors.
+        weights: its parameters.
+        matrix: parameters of its largest tensor.
+        inputs: columns of the inputs of its linears -> how many experts have one of their own.
+        widest: the linear with most columns.
+        outside: shape of the largest tensor outside of the blocks: the embeddings, or the head.
+        scores: attention scores of a token that are held at once.
+    """
+
+    name: str
+    weights: int
+    matrix: int
+    inputs: dict[int, int]
+    widest: str
+    outside: tuple[int, ...]
+    scores: int
+
+    @staticmethod
+    def of(model: Model, context: int) -> Block:
+        shapes = {name: model.shape(name) for name in model.names}
+        inside: dict[str, list[str]] = {}
+        for name in shapes:
+            if found := re.match(r".*?\.\d+(?=\.)", name):
+                inside.setdefault(found[0], []).append(name)
+        block = max(inside, key=lambda one: sum(prod(shapes[name]) for name in inside[one]))
+        linears = [x for x in arch.decoder_linears(model.config, shapes) if x.weight.startswith(f"{block}.")]
+        # GPT-2 stores [in, out]; experts in one tensor are [experts, out, in]
+        columns = {x.weight: shapes[x.weight][-1] if x.plain else max(shapes[x.weight][-2:]) for x in linears}
+        alike = Counter(re.sub(r"\.\d+\.", ".*.", x.module) for x in linears)
+        inputs: dict[int, int] = {}
+        for linear in linears:
+            stored = shapes[linear.weight]
+            experts = stored[0] if len(stored) == 3 else alike[re.sub(r"\.\d+\.", ".*.", linear.module)]
+            inputs[columns[linear.weight]] = max(inputs.get(columns[linear.weight], 1), experts)
+        others = [shape for name, shape in shapes.items() if not any(name in names for names in inside.values())]
+        heads = model.config.get("num_attention_heads") or model.config.get("n_head") or 1
+        return Block(
+            block,
+            sum(prod(shapes[name]) for name in inside[block]),
+            max(prod(shapes[name]) for name in inside[block]),
+            inputs,
+            max(columns, key=lambda name: columns[name]),
+            max(others, key=prod),
+            int(heads) * context if model.config.get("attn_logit_softcapping") else 0,
+        )
+
+    @property
+    def columns(self) -> int:
+        return max(self.inputs)
+
+    @property
+    def hidden(self) -> int:
+        return self.outside[-1]
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Windows of text on their way through a model, one decoder block in memory.
+
+    Attributes:
+        hessians: of which method's kinds are made: "" none, else as `Method.hessian` has it.
+        factored: of the float64 matrix and the panels, where a Hessian is factored.
+        of_weight: bytes that quantizing takes for each weight of a matrix.
+        of_square: and for each square of its columns.
+        all_inputs: whether the Hessians of all inputs of a block are held at once.
+        copies: further copies of all activations.
+        gradients: whether gradients are taken, too.
+        waits: whether windows wait within a block.
+    """
+
+    block: Block
+    windows: int
+    context: int
+    hessians: Collection[str] = ()
+    of_weight: float = 0.0
+    of_square: float = 0.0
+    all_inputs: bool = False
+    copies: int = 0
+    gradients: bool = False
+    waits: bool = False
+    way_out: str = f"{LESS_TEXT}."
+
+    @property
+    def together(self) -> int:
+        return min(self.windows, max(1, BATCH_TOKENS // self.context))
+
+    @property
+    def batches(self) -> int:
+        return -(-self.windows // self.together)
+
+    def needs(self, limits: Limits) -> Iterator[Need]:
+        """The moments that may be the worst."""
+        block, spilled = self.block, limits.spill.above
+        tokens, batch, hidden = self.windows * self.context, self.together * self.context, self.block.hidden
+        program = {"program": resident() + LIBRARIES}
+        embedding = 4 * prod(block.outside)
+        rows = 2 * SPILLED if embedding > spilled else 0
+        yield Need(
+            "the embedding or the head",
+            program | {"float32": min(embedding, rows) if rows else embedding, "as stored": rows or embedding // 2},
+        )
+        kept = 4 * tokens * hidden
+        base = program | {
+            "block": 4 * block.weights,
+            "largest tensor as read": 4 * block.matrix,
+            "activations": (1 + self.copies) * (4 * batch * hidden if kept > spilled else kept),
+        }
+        widest = 4 * batch * (8 * hidden + 4 * block.columns + 2 * block.scores)
+        parked = 0
+        if self.waits:
+            waiting = self.batches if limits.parked is None else min(self.batches, limits.parked)
+            parked = waiting * 4 * batch * (4 * hidden + block.columns)
+        base |= {"a batch of windows": widest, "windows that wait": parked}
+        if self.gradients:
+            # weights, their gradients and the squares of these
+            yield Need(block.name, base | {"gradients": 8 * block.weights + 3 * widest}, self.way_out)
+        if not self.hessians:
+            yield Need(block.name, base, self.way_out)
+            return
+        for columns, experts in self.block.inputs.items():
+            yield self._hessian(columns, experts, base, limits)
+
+    def _hessian(self, columns: int, experts: int, base: dict[str, int], limits: Limits) -> Need:
+        square = columns * columns
+        held = "factor" in self.hessians and experts == 1 and columns <= HELD_COLUMNS
+        summed = 4 * square * experts * (2 if held else 1)
+        if self.all_inputs:
+            summed = 2 * sum(4 * each * each * count for each, count in self.block.inputs.items())
+        # of the product of one batch
+        adding = square
+        panels, spilled = 4 * 8 * PANEL * columns, limits.spill.above
+        mean = panels if 4 * square > spilled else 4 * square
+        wide = panels if 8 * square > spilled else 8 * square
+        settled = 0
+        if "factor" in self.hessians:
+            made = mean + panels + max(wide + 4 * square, 4 * square)
+            # the damping is tried: with both parts of the Hessian, their means, and what the factor makes of them
+            settled = max(made, 24 * square + wide + panels) if held else made
+        elif self.hessians:
+            settled = 4 * square
+        work = round(self.of_weight * self.block.matrix + self.of_square * square)
+        others = 4 * square * (experts - 1)
+        moments = {
+            "the Hessian being summed": summed + adding,
+            "the Hessian and its factor": others + settled + (summed if self.all_inputs else 0),
+        }
+        name, most = max(moments.items(), key=lambda item: item[1])
+        return Need(
+            f"{self.block.widest if columns == self.block.columns else self.block.name} with {columns} columns",
+            base | {name: most, "quantizing a matrix": work},
+            self.way_out,
+        )
+
+    def limits(self, most: int | None, folder: Path | None, threads: int | None) -> Limits:
+        """How to keep within so many bytes.
+
+        Args:
+            folder: where spilled arrays go.
+
+        Raises:
+            FewbitsError: that cannot be.
+        """
+        usual = Limits(threads, Spill(folder=folder))
+        if most is None:
+            return usual
+        tight = replace(usual, spill=Spill(SPILLED, folder), threads=1)
+        for start in (usual, tight):
+            for parked in (None, self.batches // 2, self.batches // 4, 1, 0) if self.waits else (None,):
+                tried = replace(start, parked=parked)
+                if largest(self.needs(tried)).total <= most:
+                    return tried
+        raise largest(self.needs(replace(tight, parked=0))).refusal(most)
