@@ -165,8 +165,8 @@ class TextRun:
         settled = 0
         if "factor" in self.hessians:
             made = mean + panels + max(wide + 4 * square, 4 * square)
-            # the damping is tried: with both parts of the Hessian, their means, and what the factor makes of them
-            settled = max(made, 24 * square + wide + panels) if held else made
+            # the damping is tried with both parts of the Hessian, beside the whole
+            settled = max(made, 12 * square + max(wide + 4 * square, 8 * square) + 2 * panels) if held else made
         elif self.hessians:
             settled = 4 * square
         work = round(self.of_weight * self.block.matrix + self.of_square * square)

@@ -19,7 +19,7 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
 from fewbits.methods import gptq_groups, gptq_row_groups
 from fewbits.methods.base import DAMPING, Factor, Known, Method
-from fewbits.methods.inverse_cholesky import invert_cholesky
+from fewbits.methods.inverse_cholesky import PANEL, invert_cholesky
 from fewbits.spill import Spill
 
 DAMPINGS = (0.003, DAMPING, 0.03, 0.1, 0.3, 1.0)
@@ -111,9 +111,11 @@ def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32],
     def cost(index: int) -> float:
         if index not in costs:
             factor = factorize(seen, DAMPINGS[index], spill=spill)
-            moved = factor.upper @ held[np.ix_(factor.order, factor.order)]
-            each = np.einsum("ij,ij->i", moved, factor.upper, dtype=np.float64) / np.square(factor.upper.diagonal())
-            costs[index] = float(each.sum())
+            ordered, costs[index] = held[np.ix_(factor.order, factor.order)], 0.0
+            for start in range(0, len(ordered), PANEL):
+                upper = factor.upper[start : start + PANEL]
+                each = np.einsum("ij,ij->i", upper @ ordered, upper, dtype=np.float64)
+                costs[index] += float((each / np.square(upper.diagonal(start))).sum())
         return costs[index]
 
     best = DAMPINGS.index(DAMPING)

@@ -310,20 +310,25 @@ def known_of(
     importance = (inputs.sums[expert] / count).float().cpu().numpy()
     if hessian is None:
         return Known(importance, peak=inputs.peaks[expert])
+    held, held_count, damping = inputs.held[expert], inputs.held_counts[expert], None
+    if last:
+        inputs.held[expert] = None
+    if held is not None and held_count >= len(held):
+        # before the mean is taken: this needs most memory
+        seen = ((hessian - held) / (count - held_count)).cpu().numpy()
+        held = held.div_(held_count) if last else held / held_count
+        damping = choose_damping(seen, held.cpu().numpy(), spill)
+        del seen
+    del held
     mean = _mean(hessian, count, spill)
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
-    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
+    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert], damping=damping)
     if count < len(mean):
         # too little for feedback of any kind
         return replace(known, hessian=None) if "whole" in hessians_of(methods) else known
-    held, held_count = inputs.held[expert], inputs.held_counts[expert]
-    if held is not None and held_count >= len(mean):
-        seen = ((hessian - held) / (count - held_count)).cpu().numpy()
-        known = replace(known, damping=choose_damping(seen, (held / held_count).cpu().numpy(), spill))
-        del seen
     if last:
-        del hessian, held
-        inputs.hessians[expert] = inputs.held[expert] = None
+        del hessian
+        inputs.hessians[expert] = None
     if "factor" not in hessians_of(methods):
         return known
     return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill))

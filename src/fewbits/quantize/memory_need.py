@@ -39,7 +39,7 @@ OF_MATRIX = {"ldlq": 18, "quip": 20, "aqlm": 40}
 """For each weight of a matrix that is in memory as a whole, by method: read, worked on, packed and decoded."""
 OF_OTHERS = 16
 OF_SQUARE = {"ldlq": 26, "quip": 36, "aqlm": 24}
-OF_SQUARE_GROUPS, OF_SQUARE_ORDERED = 20, 4
+OF_SQUARE_GROUPS, OF_SQUARE_ORDERED = 34, 4
 """For each square of its columns, the Hessian and its factor not counted: by method; where types code groups of
 columns, for which a factor of their own is made; where columns are put in order first."""
 OF_HESSIAN = 36
