@@ -39,6 +39,10 @@ def make_sparse(folder: Path, shape: argparse.Namespace, random_rows: int = RAND
         "vocab_size": shape.vocabulary, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"<unused{number}>": number for number in range(len(words), shape.vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     outside = {
         "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
         "lm_head.weight": (shape.vocabulary, shape.hidden),

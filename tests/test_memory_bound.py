@@ -130,7 +130,7 @@ print(json.dumps({"most": most, "peak": peak_memory(), "refused": refused}))
 """
 SHAPES = {
     "Q4_0": {"hidden": 4096, "ff": 14336, "vocabulary": 48_000, "layers": 2},
-    "bnb:nf4": {"hidden": 2048, "ff": 16384, "vocabulary": 2048, "layers": 4},
+    "bnb:nf4": {"hidden": 2048, "ff": 8192, "vocabulary": 2048, "layers": 6},
     "gptq:w4g128": {"hidden": 512, "ff": 1536, "vocabulary": 200_000, "layers": 2},
     "calibrate": {"hidden": 512, "ff": 1536, "vocabulary": 200_000, "layers": 2},
 }
@@ -150,5 +150,5 @@ def test_under_the_systems_limit(target: str, tmp_path: Path, texts: tuple[Path,
     told = json.loads(run.stdout)
     assert told["peak"] <= told["most"] <= 3 * told["peak"], told
     assert " needs " in told["refused"]
-    if not text:
-        assert sum(file.stat().st_size for file in model.glob("*.safetensors")) > 2 * told["most"], told
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert target != "Q4_0" or size > 3 * told["most"], told

@@ -233,10 +233,10 @@ def main() -> None:
     print(f"|---|---|---|---|{'---|' * len(options.machines)}---|")
     for target in BITS:
         one = work(LARGE, target, rates)
-        hours = " | ".join(f"{one.seconds(count, assumed) / 3600:.1f}" for count in options.machines)
+        hours = " | ".join(f"{one.seconds(count, assumed) / 3600:.2f}" for count in options.machines)
         cost = one.total / 3600 * price
         print(
-            f"| {target} | {one.read / 1e9:.0f} | {one.written / 1e9:.0f} | {one.total / 3600:,.1f} | {hours} "
+            f"| {target} | {one.read / 1e9:.0f} | {one.written / 1e9:.0f} | {one.total / 3600:,.2f} | {hours} "
             f"| {cost:,.2f} |"
         )
     calibrated = work(LARGE, "gptq:w4g128", rates)
@@ -245,7 +245,7 @@ def main() -> None:
     block, widest = 4 * LARGE.block / 1e9, max(LARGE.inputs)
     print(
         f"One block as float32: {block:.1f} GB. A Hessian of {widest} columns and its factor: {hessian_gb(widest):.1f} "
-        f"GB, {4 * widest * widest / 1e9:.1f} of them in memory. Activations: "
+        f"GB, {4 * widest * widest / 1e9:.1f} of them in memory if the rest lies in a file. Activations: "
         f"{4 * WINDOWS * CONTEXT * LARGE.hidden / 1e9:.1f} GB."
     )
 

@@ -89,14 +89,14 @@ class TextRun:
     """Windows of text on their way through a model, one decoder block in memory.
 
     Attributes:
-        hessians: of which method's kinds are made: "" none, else as `Method.hessian` has it.
-        factored: of the float64 matrix and the panels, where a Hessian is factored.
+        hessians: what methods use of them, as `Method.hessian` has it; empty: none are made.
         of_weight: bytes that quantizing takes for each weight of a matrix.
         of_square: and for each square of its columns.
         all_inputs: whether the Hessians of all inputs of a block are held at once.
         copies: further copies of all activations.
         gradients: whether gradients are taken, too.
         waits: whether windows wait within a block.
+        head: weights of the head, where it is quantized, too.
     """
 
     block: Block
@@ -109,6 +109,7 @@ class TextRun:
     copies: int = 0
     gradients: bool = False
     waits: bool = False
+    head: int = 0
     way_out: str = f"{LESS_TEXT}."
 
     @property
@@ -125,11 +126,8 @@ class TextRun:
         tokens, batch, hidden = self.windows * self.context, self.together * self.context, self.block.hidden
         program = {"program": resident() + LIBRARIES}
         embedding = 4 * prod(block.outside)
-        rows = 2 * SPILLED if embedding > spilled else 0
-        yield Need(
-            "the embedding or the head",
-            program | {"float32": min(embedding, rows) if rows else embedding, "as stored": rows or embedding // 2},
-        )
+        # what goes to a file is read by rows
+        yield Need("the embedding", program | {"weights": 4 * SPILLED if embedding > spilled else 3 * embedding // 2})
         kept = 4 * tokens * hidden
         base = program | {
             "block": 4 * block.weights,
@@ -143,8 +141,13 @@ class TextRun:
             parked = waiting * 4 * batch * (4 * hidden + block.columns)
         base |= {"a batch of windows": widest, "windows that wait": parked}
         if self.gradients:
-            # weights, their gradients and the squares of these
+            # weights, their gradients and the squares of these; of the head a window's logits
             yield Need(block.name, base | {"gradients": 8 * block.weights + 3 * widest}, self.way_out)
+            logits = 6 * 4 * self.context * block.outside[0]
+            yield Need("the head", program | {"weights": 3 * embedding // 2, "logits and gradients": logits})
+        if self.head:
+            work = round((6 + self.of_weight) * self.head)
+            yield Need("the head", program | {"activations": base["activations"], "quantizing it": work}, self.way_out)
         if not self.hessians:
             yield Need(block.name, base, self.way_out)
             return
@@ -159,12 +162,12 @@ class TextRun:
             summed = 2 * sum(4 * each * each * count for each, count in self.block.inputs.items())
         # of the product of one batch
         adding = square
-        panels, spilled = 4 * 8 * PANEL * columns, limits.spill.above
+        panels, spilled = 4 * 8 * min(PANEL, columns) * columns, limits.spill.above
         mean = panels if 4 * square > spilled else 4 * square
         wide = panels if 8 * square > spilled else 8 * square
         settled = 0
         if "factor" in self.hessians:
-            made = mean + panels + max(wide + 4 * square, 4 * square)
+            made = mean + panels + wide + 4 * square
             # the damping is tried with both parts of the Hessian, beside the whole
             settled = max(made, 12 * square + max(wide + 4 * square, 8 * square) + 2 * panels) if held else made
         elif self.hessians:

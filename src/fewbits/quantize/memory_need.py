@@ -17,6 +17,8 @@ from fewbits.methods import method as method_named
 from fewbits.methods.base import ROWS
 from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedTensor
+from fewbits.plan.directory import HEAD
+from fewbits.plan.tensors import OUTPUT, role
 from fewbits.quantize.execute import SLAB_WEIGHTS
 from fewbits.quantize.matrices import WEIGHTS, goes_by_rows
 
@@ -44,7 +46,7 @@ OF_SQUARE_GROUPS, OF_SQUARE_ORDERED = 34, 4
 columns, for which a factor of their own is made; where columns are put in order first."""
 OF_HESSIAN = 36
 """For each square of the columns of a Hessian that is read from a file, the factors of others kept meanwhile."""
-OF_DECODED = 24
+OF_DECODED = 14
 """For each weight of a matrix of a directory that is decoded: when it is read back, or quantized once more."""
 
 
@@ -148,8 +150,13 @@ def text_run(plan: Plan, model: Model, windows: int, context: int, tunes: bool) 
         copies=2 if tunes else 0,
         gradients=tunes,
         waits=True,
+        head=max((t.n_weights for t in plan.tensors if _is_head(t)), default=0),
         way_out=f"{LESS_TEXT}{other if kinds else ''}.",
     )
+
+
+def _is_head(tensor: PlannedTensor) -> bool:
+    return tensor.reason == HEAD or (role(tensor.name) == OUTPUT and tensor.method == "gptq")
 
 
 def _fewer_threads(need: Callable[[int], Need], most: int, threads: int | None) -> Limits:
