@@ -131,59 +131,66 @@ class TextRun:
         kept = 4 * tokens * hidden
         base = program | {
             "block": 4 * block.weights,
-            "largest tensor as read": 4 * block.matrix,
             "activations": (1 + self.copies) * (4 * batch * hidden if kept > spilled else kept),
         }
-        widest = 4 * batch * (8 * hidden + 4 * block.columns + 2 * block.scores)
-        parked = 0
-        if self.waits:
-            waiting = self.batches if limits.parked is None else min(self.batches, limits.parked)
-            parked = waiting * 4 * batch * (4 * hidden + block.columns)
-        base |= {"a batch of windows": widest, "windows that wait": parked}
+        # also as read, or rounded to bfloat16
+        running = {
+            "its largest tensor once more": 4 * block.matrix,
+            "a batch of windows": 4 * batch * (8 * hidden + 4 * block.columns + 2 * block.scores),
+        }
+        yield Need(block.name, base | running, self.way_out)
         if self.gradients:
             # weights, their gradients and the squares of these; of the head a window's logits
-            yield Need(block.name, base | {"gradients": 8 * block.weights + 3 * widest}, self.way_out)
+            yield Need(block.name, base | running | {"gradients": 12 * block.weights}, self.way_out)
             logits = 6 * 4 * self.context * block.outside[0]
             yield Need("the head", program | {"weights": 3 * embedding // 2, "logits and gradients": logits})
         if self.head:
             work = round((6 + self.of_weight) * self.head)
             yield Need("the head", program | {"activations": base["activations"], "quantizing it": work}, self.way_out)
-        if not self.hessians:
-            yield Need(block.name, base, self.way_out)
-            return
-        for columns, experts in self.block.inputs.items():
-            yield self._hessian(columns, experts, base, limits)
+        if self.waits:
+            waiting = self.batches if limits.parked is None else min(self.batches, limits.parked)
+            base["windows that wait"] = waiting * 4 * batch * (4 * hidden + block.columns)
+            work = {"quantizing a matrix": round(self.of_weight * block.matrix)}
+            yield Need(block.name, base | work, self.way_out)
+        if self.hessians:
+            for columns, experts in block.inputs.items():
+                yield from self._hessian(columns, experts, base, running, spilled)
 
-    def _hessian(self, columns: int, experts: int, base: dict[str, int], limits: Limits) -> Need:
-        square = columns * columns
-        held = "factor" in self.hessians and experts == 1 and columns <= HELD_COLUMNS
-        summed = 4 * square * experts * (2 if held else 1)
-        if self.all_inputs:
-            summed = 2 * sum(4 * each * each * count for each, count in self.block.inputs.items())
-        # of the product of one batch
-        adding = square
-        panels, spilled = 4 * 8 * min(PANEL, columns) * columns, limits.spill.above
-        mean = panels if 4 * square > spilled else 4 * square
-        wide = panels if 8 * square > spilled else 8 * square
-        settled = 0
-        if "factor" in self.hessians:
-            made = mean + panels + wide + 4 * square
-            # the damping is tried with both parts of the Hessian, beside the whole
-            settled = max(made, 12 * square + max(wide + 4 * square, 8 * square) + 2 * panels) if held else made
-        elif self.hessians:
-            settled = 4 * square
-        work = round(self.of_weight * self.block.matrix + self.of_square * square)
-        others = 4 * square * (experts - 1)
-        moments = {
-            "the Hessian being summed": summed + adding,
-            "the Hessian and its factor": others + settled + (summed if self.all_inputs else 0),
-        }
-        name, most = max(moments.items(), key=lambda item: item[1])
-        return Need(
-            f"{self.block.widest if columns == self.block.columns else self.block.name} with {columns} columns",
-            base | {name: most, "quantizing a matrix": work},
-            self.way_out,
-        )
+    def _hessian(
+        self, columns: int, experts: int, base: dict[str, int], running: dict[str, int], spilled: int
+    ) -> Iterator[Need]:
+        """Of one input, while it is summed, factored and used."""
+        what = f"{self.block.widest if columns == self.block.columns else self.block.name} with {columns} columns"
+        square, panel = columns * columns, 8 * min(PANEL, columns) * columns
+        feeds_back = "factor" in self.hessians
+        held = feeds_back and experts == 1 and columns <= HELD_COLUMNS
+        every = 2 * sum(4 * each * each * count for each, count in self.block.inputs.items())
+        # and the product of one batch
+        summed = every if self.all_inputs else 4 * square * experts * (2 if held else 1)
+        yield Need(what, base | running | {"its Hessian, being summed": summed + square}, self.way_out)
+        if not self.waits:
+            # the mean, and once more for the file
+            yield Need(what, base | {"Hessians": summed, "their means": 8 * square * experts}, self.way_out)
+            return
+        others = 4 * square * (experts - 1) + (every if self.all_inputs else 0)
+        mean = panel // 4 if 4 * square > spilled else 4 * square
+        wide = 3 * panel if 8 * square > spilled else 8 * square + 3 * panel
+        if feeds_back:
+            made = max(mean + wide + 4 * square, 12 * square + wide + 4 * square if held else 0)
+            yield Need(what, base | {"its Hessian and the factor": others + made}, self.way_out)
+        matrix = self.of_weight * self.block.matrix + self.of_square * square
+        used = {"its Hessian and the factor": others + mean + (4 * square if feeds_back else 0)}
+        yield Need(what, base | used | {"quantizing a matrix": round(matrix)}, self.way_out)
+
+    def check(self, most: int) -> None:
+        """Refuse what takes more, where nothing can be made smaller.
+
+        Raises:
+            FewbitsError: it takes more.
+        """
+        worst = largest(self.needs(Limits()))
+        if worst.total > most:
+            raise worst.refusal(most)
 
     def limits(self, most: int | None, folder: Path | None, threads: int | None) -> Limits:
         """How to keep within so many bytes.

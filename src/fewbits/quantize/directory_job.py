@@ -193,7 +193,7 @@ class DirectoryJob:
         layouts = [request.target.layout_of(tensor.codec) for tensor in quantized_tensors(self.plan)]
         run = text_run(self.plan, self.model, windows, context, epochs_of(layouts, request.effort) > 0)
         if self.budget is not None:  # weights are tried in the model first: gradients, and the Hessians of whole blocks
-            replace(run, all_inputs=True, gradients=True, waits=False).limits(most, None, threads)
+            replace(run, all_inputs=True, gradients=True, waits=False).check(most)
         return run.limits(most, beside, threads)
 
     def execute(
