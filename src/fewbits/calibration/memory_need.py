@@ -150,8 +150,8 @@ class TextRun:
         if self.waits:
             waiting = self.batches if limits.parked is None else min(self.batches, limits.parked)
             base["windows that wait"] = waiting * 4 * batch * (4 * hidden + block.columns)
-            work = {"quantizing a matrix": round(self.of_weight * block.matrix)}
-            yield Need(block.name, base | work, self.way_out)
+            quantizing = {"quantizing a matrix": round(self.of_weight * block.matrix)}
+            yield Need(block.name, base | quantizing, self.way_out)
         if self.hessians:
             for columns, experts in block.inputs.items():
                 yield from self._hessian(columns, experts, base, running, spilled)

@@ -37,10 +37,10 @@ OF_ROWS = 24
 """For each weight of the rows at hand, where a matrix goes by rows: in float32 and in the search."""
 OF_CODES = 8
 """For each weight of a matrix of which only codes are kept: joined, and packed."""
-OF_MATRIX = {"gptq": 11, "ldlq": 18, "quip": 20, "aqlm": 40}
+OF_MATRIX = {"gptq": 11, "ldlq": 18, "quip": 20, "aqlm": 16}
 """For each weight of a matrix that is in memory as a whole, by method: read, worked on, packed and decoded."""
 OF_OTHERS = 16
-OF_SQUARE = {"ldlq": 26, "quip": 36, "aqlm": 24}
+OF_SQUARE = {"ldlq": 26, "quip": 36, "aqlm": 26}
 OF_SQUARE_GROUPS, OF_SQUARE_ORDERED = 34, 4
 """For each square of its columns, the Hessian and its factor not counted: by method; where types code groups of
 columns, for which a factor of their own is made; where columns are put in order first."""
