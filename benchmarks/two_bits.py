@@ -36,8 +36,8 @@ def words_of(target: str, options: argparse.Namespace) -> list[str]:
     words = REST["exl"] if target.startswith("exl") else [] if directory else REST["gguf"]
     if target.startswith(UNCALIBRATED):
         return words
-    texts = ["--calibration", str(options.calibration), "--calibration-chunks", str(options.calibration_chunks)]
-    return [*words, *texts]
+    texts = [word for text in options.calibration for word in ("--calibration", str(text))]
+    return [*words, *texts, "--calibration-chunks", str(options.calibration_chunks)]
 
 
 def bits(plan: Plan) -> float:
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("targets", nargs="*", default=TARGETS)
-    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--calibration-chunks", type=int, default=64)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=24)

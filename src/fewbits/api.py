@@ -13,9 +13,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fewbits.checkpoint import GGUFCheckpoint, Model, open_checkpoint, open_model
+from fewbits.checkpoint.urls import is_url
+from fewbits.cluster import workers_at
 from fewbits.errors import FewbitsError
 from fewbits.formats.directory.card import Measured
 from fewbits.formats.directory.writer import check_directory_output
+from fewbits.formats.upload import local_output
 from fewbits.methods.base import Effort
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.directory import is_directory_target
@@ -57,7 +60,7 @@ class Inspection(BaseModel):
 
 
 def open(source: str | Path) -> Model:
-    """Open a model directory, a GGUF file or a hub id; see `fewbits.checkpoint.open_model`."""
+    """Open a model directory, a GGUF file, a hub id or a URL; see `fewbits.checkpoint.open_model`."""
     return open_model(source)
 
 
@@ -202,18 +205,21 @@ def quantize(
     budget: Budget | None = None,
     verify: bool = True,
     max_memory: int | None = None,
+    cluster: str | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
 
     Arguments as for `plan`, `fewbits.quantize.execute` and `fewbits.quantize.directory.execute_directory`.
 
     Args:
+        output: a path, or the URL of a store, to which the result is uploaded once it is whole.
         device: where the calibration of a directory runs.
         measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
         measure_chunks: most windows of it.
         budget: see `plan`.
         verify: decode everything that was written once more.
         max_memory: most bytes of memory to use; None: no limit. The files do not depend on it.
+        cluster: address of a Ray cluster whose processes do the work, see docs/cluster.md; None for threads.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
     `<output>.imatrix.gguf`. For a directory each block is calibrated on what the quantized ones before it give.
@@ -222,42 +228,48 @@ def quantize(
         FewbitsError: bad input, an output that exists, a full disk, files that do not decode to finite weights; nothing
             is left under the final name.
     """
-    if is_directory_target(target):
+    directory = is_directory_target(target)
+    if directory:
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
-        _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-        check_directory_output(Path(output), overwrite, Path(source))
+    else:
+        _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
+    _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
+    texts = _paths(calibration)
+    with local_output(output, overwrite) as place, workers_at(cluster, threads) as workers:
+        if not directory:
+            request, folder = (
+                _request(target, mixture, split_max_size, place, edited),
+                Path(hessians) if hessians else None,
+            )
+            made = GGUFJob.of(
+                *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
+                *(effort, workers),
+            )
+            report = replace(made, max_memory=max_memory).execute(overwrite)
+            if verify:
+                files = [place.with_name(file.name) for file in report.files]
+                check_made(files, threads if max_memory is None else 1, progress)
+            return report
+        check_directory_output(place, overwrite, None if is_url(source) else Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
-        options = (method, keep, split_max_size, _paths(calibration), calibration_chunks, device, budget, saved)
-        job = replace(
-            DirectoryJob.of(source, target, *options, head_bits, measured, effort), max_memory=max_memory
-        )  # fmt: skip
-        limits = job.limits(Path(output), threads)
+        options = (method, keep, split_max_size, texts, calibration_chunks, device, budget, saved)
+        job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
+        job = replace(job, named=str(output) if is_url(output) else None, max_memory=max_memory)
+        limits = job.limits(place, threads)
         read_back = read_back_threads(job.plan, max_memory, threads) if verify else None
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
-        report = job.spent(threads, progress).execute(Path(output), threads, overwrite, progress, limits)
+        report = job.spent(threads, progress).execute(place, threads, overwrite, progress, limits, workers)
         if verify:
-            check_made([Path(output)], read_back, progress)
+            check_made([place], read_back, progress)
         if measure_text is not None:
             from fewbits.measure import measure  # imports torch, which quantizing does without
 
             told = measure(
-                output, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
+                place, measure_text, reference=source, chunks=measure_chunks, threads=threads, progress=progress
             )
-            job.tell_loss(Path(output), Measured(told.rows(), told.ruler(), Path(measure_text).name))
+            job.tell_loss(place, Measured(told.rows(), told.ruler(), Path(measure_text).name))
         return report
-    _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
-    _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
-    request = _request(target, mixture, split_max_size, output, edited)
-    texts, folder = _paths(calibration), Path(hessians) if hessians else None
-    made = GGUFJob.of(
-        source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress, effort
-    )
-    report = replace(made, max_memory=max_memory).execute(overwrite)
-    if verify:
-        files = [Path(output).with_name(file.name) for file in report.files]
-        check_made(files, threads if max_memory is None else 1, progress)
-    return report
 
 
 def _request(

@@ -117,6 +117,19 @@ class Inputs:
         else:
             hessian.addmm_(x.T, x)
 
+    def merge(self, other: Inputs) -> None:
+        """Add what was seen of the same input elsewhere; `other` is not to be used any more."""
+        self.sums += other.sums
+        for expert, hessian in enumerate(other.hessians):
+            self.counts[expert] += other.counts[expert]
+            self.peaks[expert] = max(self.peaks[expert], other.peaks[expert])
+            mine = self.hessians[expert]
+            if mine is None:
+                self.hessians[expert] = hessian
+            elif hessian is not None:
+                mine += hessian
+                other.hessians[expert] = None
+
     def of_expert(self, expert: int) -> list[str]:
         """Stored names of an expert's weights, where `names` are those of the first one."""
         return [re.sub(r"\bexperts\.0\.", f"experts.{expert}.", name) for name in self.names]

@@ -169,7 +169,8 @@ class TextRun:
         summed = every if self.all_inputs else 4 * square * experts * (2 if held else 1)
         yield Need(what, base | running | {"its Hessian, being summed": summed + square}, self.way_out)
         if not self.waits:
-            # the mean, and once more for the file
+            # of all windows, and of a group of them; then the mean, and once more for the file
+            yield Need(what, base | running | {"Hessians": 2 * summed}, self.way_out)
             yield Need(what, base | {"Hessians": summed, "their means": 8 * square * experts}, self.way_out)
             return
         others = 4 * square * (experts - 1) + (every if self.all_inputs else 0)

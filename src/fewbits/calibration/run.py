@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fewbits.calibration.collect import BlockRecorder, Inputs, gguf_names, owners
+from fewbits.calibration.collect import Inputs, gguf_names, owners
+from fewbits.calibration.groups import BlockPasses, GroupPass
 from fewbits.calibration.hessians import block_file, check_folder, open_block, publish, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
 from fewbits.calibration.memory_need import Block, TextRun
@@ -29,9 +30,10 @@ from fewbits.forward.identity import fingerprint
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
 from fewbits.spill import Spill
 from fewbits.version import __version__
+from fewbits.workers import Workers
 
 DEVICES = ("cpu", "cuda", "auto")
-LAYOUT = 1
+LAYOUT = 2
 """Raised when what an unfinished run keeps, or how it is computed, changes."""
 
 
@@ -60,6 +62,7 @@ def calibrate(
     overwrite: bool = False,
     progress: Progress | None = None,
     max_memory: int | None = None,
+    workers: Workers | None = None,
 ) -> Calibration:
     """Run text through a model and note how large the inputs of every weight's columns are.
 
@@ -83,6 +86,7 @@ def calibrate(
         overwrite: replace outputs that exist, and begin anew where another run was not finished.
         progress: called with (blocks done, blocks, what).
         max_memory: most bytes of memory to use; None: no limit. The result does not depend on it.
+        workers: who takes groups of windows through the blocks; with `device` cpu only.
 
     Raises:
         FewbitsError: unreadable or too short text, an output that exists, a model that is not known or gives inputs
@@ -105,8 +109,11 @@ def calibrate(
         check_output(final, overwrite)
     if folder is not None:
         check_folder(folder, overwrite)
+    if workers and device == "cuda":
+        raise FewbitsError("A cluster's workers calibrate on processors.", "Leave out --device or --cluster.")
     added = [read_statistics(path) for path in merge]
-    job = _Job(open_model(model), final, folder, output_tensor, resolve_device(device), overwrite, progress)
+    device = "cpu" if workers else resolve_device(device)
+    job = _Job(open_model(model), final, folder, output_tensor, device, overwrite, progress, workers)
     statistics = None
     if paths:
         with job.clock.step("tokenize"):
@@ -161,6 +168,7 @@ class _Job:
     device: str
     overwrite: bool
     progress: Progress | None
+    workers: Workers | None = None
     spill: Spill = field(default_factory=Spill)
     text: CalibrationText | None = None
     work: WorkFolder | None = None
@@ -189,14 +197,11 @@ class _Job:
         if not self._hessians_reach(self.resumed_after, text):
             with self.clock.step("embed"):
                 stream, tensors, self.resumed_after = streamed.enter(text.inputs), {}, 0
+        here = GroupPass(streamed, stream.calls, self.hessians is not None, self.device)
+        passes = BlockPasses(here, stream, self.workers)
         with self.clock.step("blocks"):
             for index in range(self.resumed_after, len(streamed.layers)):
-                recorder = BlockRecorder(self.hessians is not None)
-                block = streamed.block(index).to(self.device)
-                recorder.attach(block, streamed.block_path(index), streamed, owned)
-                streamed.run_block(index, block, stream, self.device)
-                inputs = recorder.inputs()
-                del block, recorder
+                inputs = passes(index)
                 for record in inputs:
                     tensors |= record.statistics()
                 if self.unfinished_hessians:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fewbits.checkpoint.urls import fetch_url
 from fewbits.codecs import CODECS
 from fewbits.errors import FewbitsError
 
@@ -43,6 +48,22 @@ class Checkpoint(ABC):
 
     path: Path
     tensors: Mapping[str, TensorInfo]
+    url: str | None = None
+    """Where the files at `path` were fetched from, if they were."""
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None: ...
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is a path or a URL: it is opened anew where it arrives."""
+        return _opened_elsewhere, (type(self), self.url or self.path.absolute(), self.headers)
+
+    @cached_property
+    def headers(self) -> str:
+        """Digest of where each tensor lies, which another model does not share."""
+        infos = sorted(self.tensors.values(), key=lambda info: info.name)
+        told = (f"{i.name} {i.shape} {i.dtype} {i.nbytes} {i.file.name} {i.offset}" for i in infos)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -97,6 +118,26 @@ class Checkpoint(ABC):
             return self.lines(name, 0, 1).reshape(-1)[start:stop]
         per_row = prod(shape[1:-1])
         return self.lines(name, start * per_row, stop * per_row).reshape(stop - start, *shape[1:])
+
+
+def _opened_elsewhere(kind: type[Checkpoint], source: str | Path, headers: str) -> Checkpoint:
+    """What was pickled in another process, maybe on another machine.
+
+    Raises:
+        FewbitsError: there is no such path here, or another model under it.
+    """
+    path = source if isinstance(source, Path) else fetch_url(source)
+    if not path.exists():
+        raise FewbitsError(
+            f"{path}: the worker on {socket.gethostname()} sees no such path.",
+            "Put the model on storage that all machines mount at the same place, or name it by a URL.",
+        )
+    found = kind(path)
+    if found.headers != headers:
+        raise FewbitsError(
+            f"{path}: the worker on {socket.gethostname()} sees another model there.", "Give all machines the same."
+        )
+    return found
 
 
 def stored_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:

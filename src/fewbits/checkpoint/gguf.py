@@ -6,7 +6,6 @@ The official reader maps the whole file and trusts its lengths, so the header is
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from fewbits.checkpoint.base import Checkpoint, TensorInfo, check_layout, check_name, check_regular, element_count
+from fewbits.checkpoint.urls import SPLIT_NAME
 from fewbits.codecs import CODECS
 from fewbits.errors import FewbitsError
 
@@ -38,7 +38,6 @@ GGML_TYPES = {kind.name: kind.value for kind in GGMLQuantizationType} | {"Q1_0":
 """Type numbers of ggml.h; the gguf package may not know the newest."""
 PLAIN_BYTES = {"I8": 1, "I16": 2, "I32": 4, "I64": 8, "F64": 8}
 _TYPE_NAMES = {number: name for name, number in GGML_TYPES.items()}
-SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
 class GGUFCheckpoint(Checkpoint):

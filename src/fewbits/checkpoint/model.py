@@ -13,6 +13,7 @@ from fewbits import arch
 from fewbits.checkpoint.gguf import GGUFCheckpoint
 from fewbits.checkpoint.hub import fetch
 from fewbits.checkpoint.safetensors import SafetensorsCheckpoint
+from fewbits.checkpoint.urls import fetch_url, is_url
 from fewbits.errors import FewbitsError, about
 from fewbits.tokenizer import load_tokenizer, tokenizer_from_gguf
 
@@ -86,19 +87,20 @@ class Model:
 
 
 def open_checkpoint(source: str | Path) -> SafetensorsCheckpoint | GGUFCheckpoint:
-    """Open a model directory, a GGUF file or a hub id (`owner/name`, fetched when online), reading headers only.
+    """Open a model directory, a GGUF file, a hub id (`owner/name`, fetched when online) or the URL of a directory or
+    GGUF file (see `urls`), reading headers only.
 
     Raises:
         FewbitsError: nothing there, or damaged headers.
     """
-    path = Path(source)
+    path = fetch_url(str(source)) if is_url(source) else Path(source)
     if not path.exists():
         path = fetch(str(source))
-    if path.is_dir():
-        return SafetensorsCheckpoint(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not path.is_dir():
         raise FewbitsError(f"{path}: name the model directory, not one of its files.")
-    return GGUFCheckpoint(path)
+    opened = SafetensorsCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
+    opened.url = str(source) if is_url(source) else None
+    return opened
 
 
 def open_model(source: str | Path) -> Model:

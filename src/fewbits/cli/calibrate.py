@@ -9,6 +9,7 @@ import typer
 
 from fewbits.cli import options as o
 from fewbits.cli.output import emit_json, progress_bar, stdout, table, talk
+from fewbits.cluster import workers_at
 
 
 def command(
@@ -35,6 +36,7 @@ def command(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")] = "auto",
     threads: o.Threads = None,
     max_memory: o.MaxMemory = None,
+    cluster: o.Cluster = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
@@ -46,7 +48,7 @@ def command(
     """
     from fewbits.calibration.run import calibrate  # imports torch, which most other verbs do without
 
-    with progress_bar() as progress:
+    with workers_at(cluster, threads) as workers, progress_bar() as progress:
         report = calibrate(
             model,
             text or [],
@@ -63,6 +65,7 @@ def command(
             max_memory=o.bytes_of(max_memory),
             overwrite=overwrite,
             progress=progress,
+            workers=workers,
         ).report
     for warning in report.warnings:
         talk(f"warning: {warning}")

@@ -27,6 +27,10 @@ MaxMemory = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Decode what was written once more, to find damage.")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="ADDRESS", help="Work on Ray: auto, host:port, or local; see docs/cluster.md."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 TensorTypes = Annotated[
     list[str] | None,

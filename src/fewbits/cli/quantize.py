@@ -17,7 +17,7 @@ from fewbits.quantize import QuantizeReport, default_output
 def command(
     model: o.ModelArgument,
     target: o.TargetArgument,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to make.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="The file to make, or its URL.")] = None,
     tensor_type: o.TensorTypes = None,
     output_tensor_type: o.OutputType = None,
     token_embedding_type: o.EmbeddingType = None,
@@ -46,6 +46,7 @@ def command(
     measure_chunks: o.MeasureChunks = None,
     threads: o.Threads = None,
     max_memory: o.MaxMemory = None,
+    cluster: o.Cluster = None,
     overwrite: o.Overwrite = False,
     verify: o.Verify = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
@@ -81,12 +82,12 @@ def command(
         )
         plan_verb.show(made, json)
         return
-    output = output or output_beside(model, target)
+    place = output or output_beside(model, target)
     with progress_bar() as progress:
         report = api.quantize(
             model,
             target,
-            output,
+            place,
             mixture=mixture,
             split_max_size=split,
             edited=plan,
@@ -105,6 +106,7 @@ def command(
             measure_chunks=measure_chunks,
             threads=threads,
             max_memory=o.bytes_of(max_memory),
+            cluster=cluster,
             overwrite=overwrite,
             progress=progress,
             verify=verify,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.checkpoint import GGUFCheckpoint, SafetensorsCheckpoint
-from fewbits.checkpoint.gguf import SPLIT_NAME
 from fewbits.checkpoint.hub import HUB_ID
 from fewbits.checkpoint.safetensors import MAX_HEADER, parse_json
+from fewbits.checkpoint.urls import SPLIT_NAME
 from fewbits.errors import FewbitsError
 
 if TYPE_CHECKING:

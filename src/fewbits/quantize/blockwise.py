@@ -10,7 +10,7 @@ too much, only some windows wait there; the others begin the block anew for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,16 +23,17 @@ from torch import nn
 
 from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs
 from fewbits.errors import FewbitsError
-from fewbits.forward.streamed import Progress, Stream, StreamedModel
+from fewbits.forward.streamed import Progress, Stream, StreamedModel, torch_threads
 from fewbits.layouts import Layout
 from fewbits.methods import Known, factorize
 from fewbits.methods import method as method_named
 from fewbits.methods.base import DAMPING, Effort
 from fewbits.methods.gptq import choose_damping
-from fewbits.quantize.matrices import Arrays, quantize_matrix
+from fewbits.quantize.matrices import Arrays, packed
 from fewbits.quantize.rescaling import Rescaling
 from fewbits.quantize.tuning import TunableLayout, Tuning, epochs_of
 from fewbits.spill import Spill
+from fewbits.workers import Deferred, Pending, Workers, in_order
 
 Floats = npt.NDArray[np.float32]
 ROWS_AT_ONCE = 1024
@@ -42,6 +43,11 @@ def rough_products(device: str) -> bool:
     """Whether a device takes bfloat16 products at least twice as fast as others, as processors with instructions for
     them do: what calibration needs of products is far less than that."""
     return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _products(device: str, rough: bool) -> torch.autocast:
+    # without its cache, which would go on with the weights as they were before they were quantized
+    return torch.autocast(device, torch.bfloat16, enabled=rough, cache_enabled=False)
 
 
 def _wait(names: tuple[str, ...]) -> None:
@@ -62,6 +68,8 @@ class BlockwiseRun:
         effort: how much time methods that gain by it may take.
         norms: type in which a block's norms are stored, for `put_plain`, where tuning may change them.
         parked: how many batches of windows may wait within a block; None: all.
+        workers: who quantizes the matrices of one input side by side, where these are as many as the pool has threads;
+            fewer are done faster here, each by all threads.
         tuned: of each block that tuning has changed, the held-out windows' error before and after.
     """
 
@@ -78,6 +86,7 @@ class BlockwiseRun:
     effort: Effort = "default"
     norms: torch.dtype | None = None
     parked: int | None = None
+    workers: Workers | None = None
     without_data: list[str] = field(default_factory=list)
     tuned: list[tuple[float, float]] = field(default_factory=list)
     _waiting: dict[str, Arrays] | None = None
@@ -95,7 +104,7 @@ class BlockwiseRun:
         count = len(self.streamed.layers)
         # a block of these takes minutes: told by the weight
         self._work = _Work.of(self, first, progress) if progress and "whole" in hessians_of(self.methods) else None
-        with torch.no_grad(), self._products():
+        with torch.no_grad(), _products(self.device, self.rough):
             for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
                 self._block(index, block)
@@ -175,8 +184,7 @@ class BlockwiseRun:
             self.tuned.append((found.before, found.after))
             for name, coded in found.coded.items():
                 waiting[name] = layouts[name].pack(coded)
-                shape = (views[name].shape[0], views[name].shape[1])
-                views[name].copy_(torch.from_numpy(layouts[name].unpack(waiting[name], shape)))
+                views[name].copy_(torch.from_numpy(self._decoded(name, waiting[name], views[name])))
             tuning.apply(found.plain)
         for name, arrays in waiting.items():
             self.put(name, arrays)
@@ -195,13 +203,9 @@ class BlockwiseRun:
     def methods(self) -> set[str]:
         return set(self.planned.values())
 
-    def _products(self) -> torch.autocast:
-        # without its cache, which would go on with the weights as they were before they were quantized
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.rough, cache_enabled=False)
-
     def _watch(self, index: int, block: nn.Module) -> None:
         assert self.rescaling is not None
-        with self._products():
+        with _products(self.device, self.rough):
             self.streamed.watch_block(index, block, self.stream, self.device, self.rescaling.batches)
 
     def _stages(self, index: int, block: nn.Module) -> list[list[str]]:
@@ -217,32 +221,48 @@ class BlockwiseRun:
 
     def _quantize(self, inputs: Inputs, views: Mapping[str, torch.Tensor]) -> None:
         """Quantize the weights that share an input, in the block, too."""
-        for expert in range(len(inputs.counts)):
-            names = inputs.of_expert(expert)
-            # engines fuse what has the same input
-            amax = max(float(views[name].abs().max()) for name in names)
-            known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
-            known = replace(known, amax=amax, device=self.device, effort=self.effort)
-            for name in names:
-                decoded = self._make(name, np.ascontiguousarray(views[name].cpu().numpy()), known)
-                views[name].copy_(torch.from_numpy(decoded))
-                if not inputs.counts[expert]:
-                    self.without_data.append(name)
+        experts = range(len(inputs.counts))
+        count = sum(len(inputs.of_expert(expert)) for expert in experts)
+        workers = self.workers if self.workers and self.device == "cpu" and count >= self.pool._max_workers else None
+        tasks = (task for expert in experts for task in self._tasks(inputs, expert, views, workers))
+        for name, arrays in in_order(tasks, workers.ahead if workers else 1):
+            self._keep(name, arrays)
+            views[name].copy_(torch.from_numpy(self._decoded(name, arrays, views[name])))
 
-    def _make(self, name: str, weights: Floats, known: Known) -> Floats:
-        """Quantize one weight; returns what engines decode."""
-        try:
-            layout, method = self.layouts[name], self.planned[name]
-            arrays, decoded = quantize_matrix(weights, layout, method, known, self.pool)
-        except FewbitsError as error:
-            raise FewbitsError(f"{name}: {error.message}", error.hint) from None
+    def _tasks(
+        self, inputs: Inputs, expert: int, views: Mapping[str, torch.Tensor], workers: Workers | None
+    ) -> Iterator[tuple[str, Callable[[], Pending[Arrays]]]]:
+        """The weights of one expert, and what hands each out."""
+        names = inputs.of_expert(expert)
+        # engines fuse what has the same input
+        amax = max(float(views[name].abs().max()) for name in names)
+        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
+        known = replace(known, amax=amax, device=self.device, effort=self.effort)
+        job = workers.job(StagePacker(known, self.rough)) if workers else None
+        for name in names:
+            weights = np.ascontiguousarray(views[name].cpu().numpy())
+            if not inputs.counts[expert]:
+                self.without_data.append(name)
+            if job:
+                yield name, partial(job.submit, name, name, weights, self.layouts[name], self.planned[name])
+            else:
+                yield name, partial(Deferred, partial(self._make, name, weights, known))
+
+    def _make(self, name: str, weights: Floats, known: Known) -> Arrays:
+        """Quantize one weight."""
+        return _packed(name, weights, self.layouts[name], self.planned[name], known, self.pool)
+
+    def _decoded(self, name: str, arrays: Arrays, weights: torch.Tensor) -> Floats:
+        """What engines decode."""
+        return self.layouts[name].unpack(arrays, (weights.shape[0], weights.shape[1]))
+
+    def _keep(self, name: str, arrays: Arrays) -> None:
         if self._waiting is None:
             self.put(name, arrays)
         else:
             self._waiting[name] = arrays
         if self._work:
             self._work.advance(name)
-        return decoded
 
     def head(self, name: str, weights: Floats) -> None:
         """Quantize the head, the windows having passed all blocks; they are normed in place."""
@@ -252,7 +272,28 @@ class BlockwiseRun:
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
         known = known_of(inputs, 0, self.methods, self.streamed.spill, last=True)
-        self._make(name, weights, replace(known, device=self.device, effort=self.effort))
+        known = replace(known, device=self.device, effort=self.effort)
+        self._keep(name, self._make(name, weights, known))
+
+
+@dataclass(frozen=True)
+class StagePacker:
+    """Quantizes the weights of one input, wherever it is, just as a run would."""
+
+    known: Known
+    rough: bool
+
+    def __call__(self, name: str, weights: Floats, layout: Layout, method: str) -> Arrays:
+        # a pool of one thread, for the same parts as with many: sums of other parts differ in the last bit
+        with torch_threads(1), torch.no_grad(), _products("cpu", self.rough), ThreadPoolExecutor(1) as pool:
+            return _packed(name, weights, layout, method, self.known, pool)
+
+
+def _packed(name: str, weights: Floats, layout: Layout, method: str, known: Known, pool: ThreadPoolExecutor) -> Arrays:
+    try:
+        return packed(weights, layout, method, known, pool)
+    except FewbitsError as error:
+        raise FewbitsError(f"{name}: {error.message}", error.hint) from None
 
 
 @dataclass

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -36,6 +36,7 @@ from fewbits.quantize.matrices import Arrays, Floats, goes_by_rows, packed, pack
 from fewbits.quantize.memory_need import matrix_bytes
 from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
+from fewbits.workers import Pending, Threads, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +178,7 @@ def execute_directory(
     progress: Progress | None = None,
     finish: Callable[[DirectoryWriter], Mapping[str, bytes]] | None = None,
     limits: Limits | None = None,
+    workers: Workers | None = None,
 ) -> QuantizeReport:
     """Make the model directory of a plan.
 
@@ -186,6 +188,7 @@ def execute_directory(
         progress: called with what is done, what there is to do and the part at hand.
         finish: gives further files once all weights are written.
         limits: how to keep within memory.
+        workers: who quantizes matrices, instead of threads.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite; nothing is left under the final
@@ -200,7 +203,7 @@ def execute_directory(
         ThreadPoolExecutor(limits.threads or os.cpu_count() or 1, "quantize") as pool,
         DirectoryWriter(output, shards, files, overwrite, key, model.path) as writer,
     ):
-        run = _Run(plan, model, request, writer, pool, progress, limits)
+        run = _Run(plan, model, request, writer, pool, workers or Threads(pool), progress, limits)
         try:
             if request.text is None:
                 run.plain(lambda name: True)
@@ -242,6 +245,49 @@ def run_identity(plan: Plan, model: Model, text: CalibrationText, device: str, e
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class MatrixPacker:
+    """Quantizes a matrix without calibration, wherever it is.
+
+    Attributes:
+        fused: the weights that engines fuse, set by set.
+    """
+
+    model: Model
+    target: Target
+    fused: list[list[str]]
+
+    def __call__(self, tensor: PlannedTensor) -> Arrays:
+        """The arrays to be stored, by suffix.
+
+        Raises:
+            FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
+        """
+        layout, shape = self.target.layout_of(tensor.codec), (tensor.shape[0], tensor.shape[1])
+        try:
+            if goes_by_rows(layout, tensor.method):
+                return packed_by_rows(partial(self.weights, tensor), shape, layout, tensor.method)
+            weights = self.weights(tensor)
+            return packed(weights, layout, tensor.method, Known(amax=self._amax(tensor, weights, layout)))
+        except FewbitsError as error:
+            raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
+
+    def weights(self, tensor: PlannedTensor, rows: slice | None = None) -> Floats:
+        """A weight as it is, or some rows; a head that shares the embeddings' matrix has no tensor of its own."""
+        name = tensor.name
+        if tensor.reason == HEAD:
+            name = arch.head_source(self.model.config, {name: self.model.shape(name) for name in self.model.names})
+        return np.ascontiguousarray(self.model.read(name, rows), np.float32)
+
+    def _amax(self, tensor: PlannedTensor, weights: Floats, layout: Layout) -> float | None:
+        """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
+        if not layout.type.shares_a_scale:
+            return None
+        others = next(names for names in self.fused if tensor.name in names)
+        matrices = (weights if name == tensor.name else self.model.read(name) for name in others)
+        return max(float(np.abs(matrix).max()) for matrix in matrices)
+
+
 @dataclass
 class _Run:
     """What the two ways of executing share."""
@@ -251,16 +297,13 @@ class _Run:
     request: DirectoryRequest
     writer: DirectoryWriter
     pool: ThreadPoolExecutor
+    workers: Workers
     progress: Progress | None
     limits: Limits
 
-    def layout(self, tensor: PlannedTensor) -> Layout:
-        return self.request.target.layout_of(tensor.codec)
-
     @cached_property
-    def fused(self) -> list[list[str]]:
-        """The weights that engines fuse, set by set."""
-        return siblings(self.model.config, linears_of(self.model))
+    def packer(self) -> MatrixPacker:
+        return MatrixPacker(self.model, self.request.target, siblings(self.model.config, linears_of(self.model)))
 
     def plain(self, wanted: Callable[[str], bool]) -> None:
         """Write the tensors that stay as they are."""
@@ -284,49 +327,29 @@ class _Run:
         todo = quantized_tensors(self.plan)
         total = sum(tensor.nbytes for tensor in self.plan.tensors)
         done = total - sum(tensor.nbytes for tensor in todo)
-        ahead: deque[tuple[PlannedTensor, Future[None]]] = deque()
+        packing = self.workers.job(self.packer)
+        ahead: deque[tuple[PlannedTensor, Pending[Arrays]]] = deque()
         waiting = deque(todo)
         while waiting or ahead:
-            if waiting and (not ahead or self._fit_together([waiting[0], *(tensor for tensor, _ in ahead)])):
-                ahead.append((tensor := waiting.popleft(), self.pool.submit(self._one, tensor)))
+            if waiting and self._may_start(waiting[0], [tensor for tensor, _ in ahead]):
+                tensor = waiting.popleft()
+                ahead.append((tensor, packing.submit(tensor.name, tensor)))
                 continue
-            tensor, future = ahead.popleft()
-            future.result()
+            tensor, pending = ahead.popleft()
+            self.put(tensor.name, pending.result())
             done += tensor.nbytes
             if self.progress:
                 self.progress(done, total, tensor.name)
 
-    def _fit_together(self, tensors: list[PlannedTensor]) -> bool:
-        if self.limits.at_once is None:
-            return sum(tensor.n_weights for tensor in tensors) <= WEIGHTS_AT_ONCE
-        return sum(matrix_bytes(tensor, self.layout(tensor)) for tensor in tensors) <= self.limits.at_once
-
-    def _weights(self, tensor: PlannedTensor, rows: slice | None = None) -> Floats:
-        """A weight as it is, or some rows; a head that shares the embeddings' matrix has no tensor of its own."""
-        name = tensor.name
-        if tensor.reason == HEAD:
-            name = arch.head_source(self.model.config, {name: self.model.shape(name) for name in self.model.names})
-        return np.ascontiguousarray(self.model.read(name, rows), np.float32)
-
-    def _one(self, tensor: PlannedTensor) -> None:
-        layout, shape = self.layout(tensor), (tensor.shape[0], tensor.shape[1])
-        try:
-            if goes_by_rows(layout, tensor.method):
-                arrays = packed_by_rows(partial(self._weights, tensor), shape, layout, tensor.method)
-            else:
-                weights = self._weights(tensor)
-                arrays = packed(weights, layout, tensor.method, Known(amax=self._amax(tensor, weights)))
-        except FewbitsError as error:
-            raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
-        self.put(tensor.name, arrays)
-
-    def _amax(self, tensor: PlannedTensor, weights: Floats) -> float | None:
-        """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
-        if not self.layout(tensor).type.shares_a_scale:
-            return None
-        others = next(names for names in self.fused if tensor.name in names)
-        matrices = (weights if name == tensor.name else self.model.read(name) for name in others)
-        return max(float(np.abs(matrix).max()) for matrix in matrices)
+    def _may_start(self, tensor: PlannedTensor, ahead: list[PlannedTensor]) -> bool:
+        """Of threads the weights of all matrices under way are here; of others only what they send back."""
+        if self.workers.remote:
+            return len(ahead) < self.workers.ahead
+        if not ahead or self.limits.at_once is None:
+            return not ahead or sum(other.n_weights for other in ahead) + tensor.n_weights <= WEIGHTS_AT_ONCE
+        layout_of = self.request.target.layout_of
+        taken = sum(matrix_bytes(other, layout_of(other.codec)) for other in [tensor, *ahead])
+        return taken <= self.limits.at_once
 
     def put(self, name: str, arrays: Arrays) -> None:
         """Write a quantized weight's tensors."""
@@ -346,7 +369,7 @@ class _Run:
 
         todo = quantized_tensors(self.plan)
         planned = {tensor.name: tensor.method for tensor in todo}
-        layouts = {tensor.name: self.layout(tensor) for tensor in todo}
+        layouts = {tensor.name: self.request.target.layout_of(tensor.codec) for tensor in todo}
         by_name = {tensor.name: tensor for tensor in self.plan.tensors}
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
             streamed = StreamedModel(self.model, spill=self.limits.spill)
@@ -378,12 +401,12 @@ class _Run:
 
             run = BlockwiseRun(
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
-                *(self.request.effort, norms, self.limits.parked),
+                *(self.request.effort, norms, self.limits.parked, self.workers if self.workers.remote else None),
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)
             if head is not None and not self.writer.has(stored_as(head, target)[0].name):
-                run.head(head.name, self._weights(head))
+                run.head(head.name, self.packer.weights(head))
         return _silent_experts(run.without_data)
 
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:

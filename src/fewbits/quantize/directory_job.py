@@ -48,6 +48,7 @@ from fewbits.spill import Spill
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+    from fewbits.workers import Workers
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -72,6 +73,7 @@ class DirectoryJob:
         measured: what the measuring pass found, to be kept beside the weights.
         seconds: that spending the budget took.
         max_memory: most bytes of memory to use; None: no limit.
+        named: the output as the command line names it, where that is a URL.
     """
 
     model: Model
@@ -86,6 +88,7 @@ class DirectoryJob:
     measured: bytes | None = None
     seconds: float = 0.0
     max_memory: int | None = None
+    named: str | None = None
 
     @staticmethod
     def of(
@@ -203,6 +206,7 @@ class DirectoryJob:
         overwrite: bool,
         progress: Progress | None,
         limits: Limits | None = None,
+        workers: Workers | None = None,
     ) -> QuantizeReport:
         """Make the directory; see `execute_directory`."""
         files, notes = self._files(output)
@@ -216,7 +220,8 @@ class DirectoryJob:
                 files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
             finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish, limits
+            *(plan, self.model, self.request, output, files, threads, self.device, overwrite, progress, finish),
+            *(limits, workers),
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 
@@ -267,12 +272,12 @@ class DirectoryJob:
         """The model card.
 
         Args:
-            output: the directory, as the command line names it.
+            output: the directory.
             measured: the loss, once it is known.
         """
         target, text = self.request.target, self.text
         mixture = mixture_of(self.plan, self.model, target)
-        rest = ["-o", str(output), *_flags("--measure", [measured.text] if measured else [])]
+        rest = ["-o", self.named or str(output), *_flags("--measure", [measured.text] if measured else [])]
         used = None
         if text is not None:
             names = [Path(name).name for name in text.datasets]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from fewbits.codecs import codec
 from fewbits.errors import FewbitsError
 from fewbits.formats.atomic import check_output, check_room
-from fewbits.formats.gguf.source import GGUFSource, ReadBytes
+from fewbits.formats.gguf.source import GGUFSource, ReadRows
 from fewbits.formats.gguf.writer import Shard, write_shards
 from fewbits.methods import method
 from fewbits.plan import Plan, PlannedFile, PlannedTensor
@@ -26,6 +27,7 @@ from fewbits.quantize.hessians import experts_of
 from fewbits.quantize.importances import Progress
 from fewbits.quantize.learned import Learned
 from fewbits.quantize.planning import shards_of
+from fewbits.workers import Job, Pending, Threads, Workers
 
 try:
     import resource
@@ -34,6 +36,7 @@ except ImportError:  # Windows
 
 SLAB_WEIGHTS = 1 << 21
 """Weights in a slab: 8 MB as float32, small enough for a bound on memory and large enough to drown the overheads."""
+Slab = npt.NDArray[np.uint8]
 
 
 class QuantizeReport(BaseModel):
@@ -80,6 +83,7 @@ def execute(
     overwrite: bool = False,
     progress: Progress | None = None,
     learned: Learned | None = None,
+    workers: Workers | None = None,
 ) -> QuantizeReport:
     """Make the files of a plan.
 
@@ -87,6 +91,7 @@ def execute(
         progress: called with bytes written, bytes in all and the tensor at hand.
         learned: from calibration; without, all columns of all tensors weigh the same.
         threads: how many slabs are encoded at once; None takes every core. The bytes do not depend on it.
+        workers: who encodes them, instead of threads.
 
     Raises:
         FewbitsError: the output exists, the disk is full, a weight is NaN or infinite.
@@ -95,7 +100,8 @@ def execute(
     shards = check(plan, source, output, overwrite, bool(learned and (learned.factors or learned.made)))
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
         try:
-            write_shards(shards, _pieces(plan, source, pool, progress, learned or Learned()), overwrite)
+            pieces = _pieces(plan, source, workers or Threads(pool), progress, learned or Learned())
+            write_shards(shards, pieces, overwrite)
         finally:
             pool.shutdown(cancel_futures=True)
     return QuantizeReport(
@@ -125,21 +131,17 @@ def peak_memory() -> int:
 
 
 def _pieces(
-    plan: Plan,
-    source: GGUFSource,
-    pool: ThreadPoolExecutor,
-    progress: Progress | None,
-    learned: Learned,
+    plan: Plan, source: GGUFSource, workers: Workers, progress: Progress | None, learned: Learned
 ) -> Iterator[Iterable[memoryview]]:
     """Each tensor's bytes in pieces. A few slabs are ahead of the writer, across tensor borders, never more."""
-    jobs = ((tensor, job) for tensor in plan.tensors for job in _jobs(tensor, source, learned))
-    ahead: deque[tuple[PlannedTensor, Future[npt.NDArray[np.uint8]]]] = deque()
-    lookahead = 2 * pool._max_workers
+    encoding = workers.job(SlabEncoder(source.path, source.read, replace(learned, made={})))
+    tasks = ((tensor, task) for tensor in plan.tensors for task in _tasks(tensor, source, learned, workers, encoding))
+    ahead: deque[tuple[PlannedTensor, Pending[Slab]]] = deque()
     total, done = sum(tensor.nbytes for tensor in plan.tensors), 0
 
     def refill() -> None:
-        while len(ahead) < lookahead and (item := next(jobs, None)):
-            ahead.append((item[0], pool.submit(item[1])))
+        while len(ahead) < workers.ahead and (item := next(tasks, None)):
+            ahead.append((item[0], item[1]()))
 
     def of(tensor: PlannedTensor) -> Iterator[memoryview]:
         nonlocal done
@@ -156,40 +158,59 @@ def _pieces(
         yield of(tensor)
 
 
-def _jobs(tensor: PlannedTensor, source: GGUFSource, learned: Learned) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
-    columns = tensor.shape[-1] if tensor.shape else 1
-    lines = prod(tensor.shape[:-1])
+def _tasks(
+    tensor: PlannedTensor,
+    source: GGUFSource,
+    learned: Learned,
+    workers: Workers,
+    encoding: Job[[PlannedTensor, int, int, int], Slab],
+) -> Iterator[Callable[[], Pending[Slab]]]:
+    """The parts of a tensor in order; each is handed out when it is called."""
     stored = learned.made.get(tensor.name) or (source.stored.get(tensor.name) if tensor.method == "copy" else None)
     if stored:
-        yield from _copies(tensor, stored)
+        for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
+            yield partial(workers.near, partial(stored, start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes)))
         return
+    columns = tensor.shape[-1] if tensor.shape else 1
     step = max(1, SLAB_WEIGHTS // max(1, columns))
     experts = experts_of(tensor)
-    each = lines // experts
+    each = prod(tensor.shape[:-1]) // experts
     for expert in range(experts):
         for start in range(expert * each, (expert + 1) * each, step):
-            yield partial(_encode, tensor, source, start, min(start + step, (expert + 1) * each), learned, expert)
+            stop = min(start + step, (expert + 1) * each)
+            yield partial(encoding.submit, tensor.name, tensor, start, stop, expert)
 
 
-def _copies(tensor: PlannedTensor, stored: ReadBytes) -> Iterator[Callable[[], npt.NDArray[np.uint8]]]:
-    for start in range(0, tensor.nbytes, 4 * SLAB_WEIGHTS):
-        yield partial(stored, start, min(start + 4 * SLAB_WEIGHTS, tensor.nbytes))
+@dataclass(frozen=True)
+class SlabEncoder:
+    """Makes slabs of rows, wherever it is: what it knows of the model is how to read it.
 
+    Attributes:
+        path: of the model, for errors.
+        read: by tensor name, as `GGUFSource` has it.
+    """
 
-def _encode(
-    tensor: PlannedTensor, source: GGUFSource, start: int, stop: int, learned: Learned, expert: int
-) -> npt.NDArray[np.uint8]:
-    weights = np.ascontiguousarray(source.read[tensor.name](start, stop).reshape(stop - start, -1), np.float32)
-    # min and max carry any NaN along and allocate nothing
-    if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
-        bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
-        raise FewbitsError(
-            f"{source.path}: tensor {tensor.name!r} holds NaN or infinite weights (row {start + bad}).",
-            "Such a model is damaged: fetch it again or repair the training run.",
-        )
-    # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
-    chosen = method("convert" if tensor.method == "copy" else tensor.method)
-    importance = learned.importance(tensor.name, expert)
-    kind = codec(tensor.codec)
-    factor = learned.factor(tensor.name, expert, kind) if tensor.method == "gptq" else None
-    return chosen.quantize(weights, kind, importance, factor)
+    path: Path
+    read: Mapping[str, ReadRows]
+    learned: Learned
+
+    def __call__(self, tensor: PlannedTensor, start: int, stop: int, expert: int) -> Slab:
+        """Rows start:stop of a tensor, which are an expert's.
+
+        Raises:
+            FewbitsError: a weight is NaN or infinite.
+        """
+        weights = np.ascontiguousarray(self.read[tensor.name](start, stop).reshape(stop - start, -1), np.float32)
+        # min and max carry any NaN along and allocate nothing
+        if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
+            bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
+            raise FewbitsError(
+                f"{self.path}: tensor {tensor.name!r} holds NaN or infinite weights (row {start + bad}).",
+                "Such a model is damaged: fetch it again or repair the training run.",
+            )
+        # a directory's tensors may be permuted or joined on the way, so "copy" of them is a conversion to the same type
+        chosen = method("convert" if tensor.method == "copy" else tensor.method)
+        importance = self.learned.importance(tensor.name, expert)
+        kind = codec(tensor.codec)
+        factor = self.learned.factor(tensor.name, expert, kind) if tensor.method == "gptq" else None
+        return chosen.quantize(weights, kind, importance, factor)

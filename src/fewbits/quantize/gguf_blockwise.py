@@ -38,6 +38,7 @@ from fewbits.quantize.importances import Progress
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
+    from fewbits.workers import Workers
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DATA = ".weight"
@@ -120,6 +121,7 @@ def quantize_blockwise(
     progress: Progress | None = None,
     effort: Effort = "default",
     limits: Limits | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, ReadBytes]:
     """Quantize the linears of the decoder blocks, and the head.
 
@@ -128,6 +130,7 @@ def quantize_blockwise(
         folder: keeps the results until the file is there; what an interrupted run has left is gone on from.
         identity: of plan, model, text and whatever else the result follows from.
         limits: how to keep within memory.
+        workers: see `BlockwiseRun`.
 
     Returns:
         By GGUF name, what reads a tensor's bytes.
@@ -189,6 +192,7 @@ def quantize_blockwise(
             effort=effort,
             norms=torch.float32 if rescaling else None,
             parked=limits.parked,
+            workers=workers,
         )
         run.run(first, done, progress)
         for source, place in linears.items():

@@ -40,6 +40,7 @@ from fewbits.quantize.learned import Learned
 from fewbits.quantize.memory_need import gguf_limits, text_run
 from fewbits.quantize.planning import PlanRequest, default_output, make_plan
 from fewbits.spill import Spill
+from fewbits.workers import Workers
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -56,6 +57,7 @@ class GGUFJob:
         effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
             block with error feedback.
         max_memory: most bytes of memory to use; None: no limit.
+        workers: of a cluster, who take slabs, matrices and windows of text; budgets are spent here.
     """
 
     model: str | Path
@@ -68,6 +70,7 @@ class GGUFJob:
     threads: int | None
     progress: Progress | None
     effort: Effort = "default"
+    workers: Workers | None = None
     max_memory: int | None = None
 
     @staticmethod
@@ -82,6 +85,7 @@ class GGUFJob:
         threads: int | None,
         progress: Progress | None,
         effort: Effort = "default",
+        workers: Workers | None = None,
     ) -> GGUFJob:
         """Read the headers.
 
@@ -119,7 +123,7 @@ class GGUFJob:
         request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
         return GGUFJob(
-            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort
+            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort, workers
         )  # fmt: skip
 
     @property
@@ -144,8 +148,7 @@ class GGUFJob:
         started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output)[1]
-            threads = self._limits(plan).threads
-            return execute(plan, self.source, self.output, threads, overwrite, self.progress)
+            return self._write(plan, self.source, overwrite, Learned(), self._limits(plan))
         scratch, limits = self.output.with_name(f"{self.output.name}.blocks"), None
         before = unfinished(scratch)
         statistics, file = promised(
@@ -164,10 +167,15 @@ class GGUFJob:
         limits = limits or self._limits(plan)
         made = self._blockwise(plan, scratch, limits) if self.feeds_back and found is not None else {}
         learned = Learned(found or {}, self.factors, made)
-        report = execute(plan, source, self.output, limits.threads, overwrite, self.progress, learned)
+        report = self._write(plan, source, overwrite, learned, limits)
         if made:
             shutil.rmtree(scratch, ignore_errors=True)
         return report.model_copy(update={"seconds": time.monotonic() - started})
+
+    def _write(
+        self, plan: Plan, source: GGUFSource, overwrite: bool, learned: Learned, limits: Limits
+    ) -> QuantizeReport:
+        return execute(plan, source, self.output, limits.threads, overwrite, self.progress, learned, self.workers)
 
     @property
     def feeds_back(self) -> bool:
@@ -204,13 +212,14 @@ class GGUFJob:
 
     def _blockwise(self, plan: Plan, scratch: Path, limits: Limits) -> dict[str, ReadBytes]:
         run = (plan, self._opened, self._text, scratch, self._identity(plan))
-        return quantize_blockwise(*run, self.threads, self.progress, self.effort, limits)
+        return quantize_blockwise(*run, self.threads, self.progress, self.effort, limits, self.workers)
 
     def _run(self, kept: Path | None, overwrite: bool) -> Statistics:
         texts = split_sources(self.calibration)[1]
         gradients = self.budget is not None
         return calibrate_texts(
-            self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress, self.max_memory
+            *(self.model, texts, kept, self.chunks, gradients, self.threads, overwrite, self.progress),
+            *(self.max_memory, self.workers),
         )  # fmt: skip
 
     def _made(self, statistics: Statistics | None, file: Path) -> tuple[GGUFSource, Plan, Importances | None]:

@@ -31,6 +31,10 @@ class Factors:
         self.blocks: dict[int, BlockHessians] = {}
         self.made: OrderedDict[tuple[str, int, int], Factor | None] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type[Factors], tuple[Path]]:
+        """Pickled, they are a path, as the model is."""
+        return Factors, (self.folder.absolute(),)
+
     def block(self, tensor: str) -> BlockHessians:
         """The Hessians of the decoder block that a tensor is in.
 

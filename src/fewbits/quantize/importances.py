@@ -20,6 +20,7 @@ from fewbits.formats.gguf.source import GGUFSource
 from fewbits.plan import Plan, PlannedTensor
 from fewbits.plan.tensors import EMBEDDINGS, OUTPUT, role
 from fewbits.quantize.hessians import experts_of
+from fewbits.workers import Workers
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, what there is to do, and the part at hand."""
@@ -110,6 +111,7 @@ def calibrate_texts(
     overwrite: bool = False,
     progress: Progress | None = None,
     max_memory: int | None = None,
+    workers: Workers | None = None,
 ) -> Statistics:
     """What was `promised`: the statistics of texts, kept for other targets; see `calibration.run.calibrate`."""
     from fewbits.calibration.run import calibrate
@@ -125,6 +127,7 @@ def calibrate_texts(
         overwrite=overwrite,
         progress=progress,
         max_memory=max_memory,
+        workers=workers,
     ).statistics
 
 
