@@ -22,6 +22,7 @@ from fewbits.forward.streamed import StreamedModel, load_whole
 from fewbits.forward.text import encode
 from fewbits.measure import MeasureReport, measure, metrics
 from fewbits.measure.windows import RULERS, cut, get_ruler
+from fewbits.spill import Spill
 from tiny_models import TINY, VOCAB, save_tiny, tiny_tokenizer
 
 WORDS = ["the", "and", "other", "in", "winter", "banner", "hand", "tin", "θ", "inner"]
@@ -147,11 +148,11 @@ def test_streamed_forward_is_transformers_own(name: str, tmp_path: Path, monkeyp
             torch.testing.assert_close(load_whole(model)(torch.from_numpy(ids)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_large_activations_go_to_a_file(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_activations_go_to_a_file(tiny: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(1).integers(0, VOCAB, (2, 32))
     in_memory = StreamedModel(open_model(tiny)).final_states(ids, 0)
-    monkeypatch.setattr(forward, "SPILL_BYTES", 100)
-    assert np.array_equal(StreamedModel(open_model(tiny)).final_states(ids, 0), in_memory)
+    spilled = StreamedModel(open_model(tiny), spill=Spill(100, tmp_path)).final_states(ids, 0)
+    assert np.array_equal(spilled, in_memory)
 
 
 def test_missing_tensor_is_named(tiny: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from fewbits.quantize.budget import Budget
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
 from fewbits.quantize.importances import Progress
+from fewbits.quantize.memory_need import read_back_threads
 from fewbits.verify.made import check_made
 
 __all__ = ["Inspection", "inspect", "open", "plan", "quantize"]
@@ -203,6 +204,7 @@ def quantize(
     measure_chunks: int | None = None,
     budget: Budget | None = None,
     verify: bool = True,
+    max_memory: int | None = None,
     cluster: str | None = None,
 ) -> QuantizeReport:
     """Turn a model into a GGUF file that llama.cpp runs, or into a directory that the target's engines load.
@@ -216,6 +218,7 @@ def quantize(
         measure_chunks: most windows of it.
         budget: see `plan`.
         verify: decode everything that was written once more.
+        max_memory: most bytes of memory to use; None: no limit. The files do not depend on it.
         cluster: address of a Ray cluster whose processes do the work, see docs/cluster.md; None for threads.
 
     For a GGUF, texts as `calibration` are run through the model first; what comes out is kept as
@@ -243,22 +246,25 @@ def quantize(
                 *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
                 *(effort, workers),
             )
-            report = made.execute(overwrite)
+            report = replace(made, max_memory=max_memory).execute(overwrite)
             if verify:
-                check_made([place.with_name(file.name) for file in report.files], threads, progress)
+                files = [place.with_name(file.name) for file in report.files]
+                check_made(files, threads if max_memory is None else 1, progress)
             return report
         check_directory_output(place, overwrite, None if is_url(source) else Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))
         options = (method, keep, split_max_size, texts, calibration_chunks, device, budget, saved)
         job = DirectoryJob.of(source, target, *options, head_bits, measured, effort)
-        job = replace(job, named=str(output) if is_url(output) else None)
+        job = replace(job, named=str(output) if is_url(output) else None, max_memory=max_memory)
+        limits = job.limits(place, threads)
+        read_back = read_back_threads(job.plan, max_memory, threads) if verify else None
         if measure_text is not None:
             job.check_measurable(Path(measure_text))
         with job.work_folder(place, threads, overwrite) as work:
             job = job.spent(threads, progress, work)
-            report = job.execute(place, threads, overwrite, progress, work, workers)
+            report = job.execute(place, threads, overwrite, progress, work, limits, workers)
             if verify:
-                check_made([place], threads, progress)
+                check_made([place], read_back, progress)
             if measure_text is not None:
                 from fewbits.measure import measure  # imports torch, which quantizing does without
 

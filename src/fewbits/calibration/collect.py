@@ -196,6 +196,7 @@ class BlockRecorder:
     holds_out: bool = False
     _records: dict[tuple[str, ...], Inputs] = field(default_factory=dict)
     _sharing: set[tuple[str, ...]] = field(default_factory=set)
+    _taken: set[tuple[str, ...]] = field(default_factory=set)
     _last: tuple[torch.Tensor, Inputs] | None = None
     _undo: list[Callable[[], object]] = field(default_factory=list)
 
@@ -228,7 +229,8 @@ class BlockRecorder:
             self._undo.pop()()
 
     def take(self, names: tuple[str, ...]) -> Inputs:
-        """What was recorded for these weights, no longer kept here."""
+        """What was recorded for these weights, which are listened to no more."""
+        self._taken.add(names)
         return self._records.pop(names)
 
     def inputs(self) -> list[Inputs]:
@@ -238,6 +240,8 @@ class BlockRecorder:
 
     def _listener(self, names: tuple[str, ...]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def listen(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if names in self._taken:
+                return
             x = args[0].reshape(-1, args[0].shape[-1])
             if names not in self._records:
                 if self._last is not None and _same(self._last[0], x):
@@ -271,25 +275,26 @@ class BlockRecorder:
 
         def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             # hidden [tokens, columns]; chosen, weights [tokens, experts per token]
-            for names, like in ((gate_up, hidden), (down, module.down_proj[:1, 0])):
+            first, then = (() if names in self._taken else names for names in (gate_up, down))
+            for names, like in ((first, hidden), (then, module.down_proj[:1, 0])):
                 if names and names not in self._records:
                     self._records[names] = self._empty(names, experts, like)
             out = torch.zeros_like(hidden)
             by_expert = chosen.reshape(-1).argsort(stable=True)
             seen = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
             reached = [(expert, places) for expert, places in enumerate(by_expert.split(seen)) if len(places)]
-            for expert, places in reached if gate_up else ():
-                self._records[gate_up].add(hidden[places // chosen.shape[-1]], expert)
-            if gate_up and self.pause:
-                self.pause(gate_up)
+            for expert, places in reached if first else ():
+                self._records[first].add(hidden[places // chosen.shape[-1]], expert)
+            if first and self.pause:
+                self.pause(first)
             gated = []
             for expert, places in reached:
                 x = nn.functional.linear(hidden[places // chosen.shape[-1]], module.gate_up_proj[expert])
                 gated.append(module._apply_gate(x))
-                if down:
-                    self._records[down].add(gated[-1], expert)
-            if down and self.pause:
-                self.pause(down)
+                if then:
+                    self._records[then].add(gated[-1], expert)
+            if then and self.pause:
+                self.pause(then)
             for (expert, places), x in zip(reached, gated, strict=True):
                 x = nn.functional.linear(x, module.down_proj[expert])
                 out.index_add_(0, places // chosen.shape[-1], (x * weights.reshape(-1)[places, None]).to(out.dtype))

@@ -17,6 +17,7 @@ from fewbits.calibration.collect import Inputs, gguf_names, owners
 from fewbits.calibration.groups import BlockPasses, GroupPass
 from fewbits.calibration.hessians import block_file, check_folder, publish, unfinished, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
+from fewbits.calibration.memory_need import Block, TextRun
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
 from fewbits.calibration.resume import Activations
 from fewbits.calibration.sensitivity import sensitivities
@@ -31,6 +32,7 @@ from fewbits.formats.work import WorkFolder
 from fewbits.forward.clock import Clock
 from fewbits.forward.identity import digests, model_facts
 from fewbits.forward.streamed import Progress, StreamedModel, torch_threads
+from fewbits.spill import Spill
 from fewbits.version import __version__
 from fewbits.workers import Workers
 
@@ -65,6 +67,7 @@ def calibrate(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_memory: int | None = None,
     workers: Workers | None = None,
 ) -> Calibration:
     """Run text through a model and note how large the inputs of every weight's columns are.
@@ -88,6 +91,7 @@ def calibrate(
         threads: None means all cores.
         overwrite: replace outputs that exist, and begin anew where another run was not finished.
         progress: called with (blocks done, blocks, what).
+        max_memory: most bytes of memory to use; None: no limit. The result does not depend on it.
         workers: who takes groups of windows through the blocks; with `device` cpu only.
 
     Raises:
@@ -120,6 +124,7 @@ def calibrate(
     if paths:
         with job.clock.step("tokenize"):
             job.text = read_texts(paths, job.model.tokenizer(), context, chunks)
+        job.spill = _spill(job, job.text, sensitivity, max_memory, threads)
     merged = [str(path) for path in merge]
     if final is None:
         return job.calibration(added, merged, context, sensitivity)
@@ -136,6 +141,17 @@ def calibrate(
         report = made.report.model_copy(update={"seconds": job.clock.seconds})
         work.publish(moves, report.model_dump(mode="json"))
         return Calibration(made.statistics, report)
+
+
+def _spill(job: _Job, text: CalibrationText, gradients: bool, most: int | None, threads: int | None) -> Spill:
+    """Where the run's large arrays live, so that it keeps within `most` bytes of memory."""
+    beside = job.output.absolute().parent if job.output else None
+    if most is None:
+        return Spill(folder=beside)
+    windows, context = text.inputs.shape
+    kinds = ("whole",) if job.hessians else ()
+    run = TextRun(Block.of(job.model, context), windows, context, kinds, all_inputs=True, gradients=gradients)
+    return run.limits(most, beside, threads).spill
 
 
 def resolve_device(wanted: str) -> str:
@@ -165,6 +181,7 @@ class _Job:
     overwrite: bool
     progress: Progress | None
     workers: Workers | None = None
+    spill: Spill = field(default_factory=Spill)
     text: CalibrationText | None = None
     resumed_after: int = 0
     clock: Clock = field(default_factory=Clock)
@@ -185,7 +202,9 @@ class _Job:
                 statistics = self.run(self.text, work)
             if sensitivity:
                 with self.clock.step("gradients"), torch_threads(self.threads):
-                    statistics.sensitivities = sensitivities(self.model, self.text, progress=self.progress)
+                    statistics.sensitivities = sensitivities(
+                        self.model, self.text, progress=self.progress, spill=self.spill
+                    )
         statistics = statistics.merged(added) if statistics else added[0].merged(added[1:])
         if self.hessians and work is None:
             publish(unfinished(self.hessians), self.hessians)
@@ -194,7 +213,7 @@ class _Job:
     def run(self, text: CalibrationText, work: WorkFolder | None) -> Statistics:
         """All windows through all blocks."""
         with self.clock.step("build"):
-            streamed = StreamedModel(self.model)
+            streamed = StreamedModel(self.model, spill=self.spill)
             owned = owners(self.model)
             text.check(streamed.n_vocab, self.model.path)
         tensors: dict[str, TensorStatistics] = {}

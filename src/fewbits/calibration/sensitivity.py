@@ -24,7 +24,8 @@ from fewbits.calibration.collect import owners
 from fewbits.calibration.statistics import Sensitivities, Sensitivity
 from fewbits.calibration.texts import CalibrationText
 from fewbits.checkpoint import Model
-from fewbits.forward.streamed import Progress, Stream, StreamedModel, activations
+from fewbits.forward.streamed import Progress, Stream, StreamedModel
+from fewbits.spill import Spill
 
 WINDOWS = 16
 """Windows whose gradients are taken, where nothing else is said: sums over a matrix are then good to some 10 %."""
@@ -32,28 +33,33 @@ SEED = 0
 
 
 def sensitivities(
-    model: Model, text: CalibrationText, windows: int = WINDOWS, progress: Progress | None = None
+    model: Model,
+    text: CalibrationText,
+    windows: int = WINDOWS,
+    progress: Progress | None = None,
+    spill: Spill | None = None,
 ) -> Sensitivities:
     """Take the gradients of the log probabilities of labels that the model itself draws.
 
     Args:
         text: what calibrates the model; `windows` of it, evenly spread, are used.
         progress: called with (blocks done, blocks, what).
+        spill: where activations go that are too large for memory.
 
     Raises:
         FewbitsError: as for `StreamedModel`.
     """
     places = np.linspace(0, len(text.inputs) - 1, min(windows, len(text.inputs))).astype(np.int64)
-    return _Descent(model, text.inputs[places]).run(progress)
+    return _Descent(model, text.inputs[places], spill).run(progress)
 
 
 class _Descent:
     """The parts of one run."""
 
-    def __init__(self, model: Model, inputs: npt.NDArray[np.int64]) -> None:
+    def __init__(self, model: Model, inputs: npt.NDArray[np.int64], spill: Spill | None = None) -> None:
         self.model = model
         self.inputs = inputs
-        self.streamed = StreamedModel(model)
+        self.streamed = StreamedModel(model, spill=spill)
         self.owned = owners(model)
         self.columns: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         self.out: Sensitivities = defaultdict(list)
@@ -62,9 +68,9 @@ class _Descent:
         count = len(self.streamed.layers)
         with torch.no_grad():
             stream = self.streamed.enter(self.inputs, together=1)
-            entered = activations((count, *stream.hidden.shape))
+            entered = self.streamed.activations((count, *stream.hidden.shape))
             for index in range(count):
-                entered[index] = stream.hidden
+                self.streamed.copied(stream.hidden, entered[index])
                 self.streamed.run_block(index, self.streamed.block(index), stream)
                 if progress:
                     progress(index + 1, 2 * count, "decoder blocks")

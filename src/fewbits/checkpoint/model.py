@@ -66,11 +66,14 @@ class Model:
         """What the files call a tensor, or what it is a part of."""
         return self._views[name].sources[0] if name in self._views else name
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
-        """A whole tensor as float32, by its Hugging Face name."""
-        if name in self._views:
-            return self._views[name].read(self.checkpoint.read)
-        return self.checkpoint.read(name)
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """A tensor as float32, by its Hugging Face name; some rows of it, or all."""
+        view = self._views.get(name)
+        if view is None:
+            return self.checkpoint.read(name, rows)
+        if view.change == "copy" and view.expert is None:
+            return self.checkpoint.read(view.sources[0], rows)
+        return view.read(self.checkpoint.read)[slice(None) if rows is None else rows]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer.

@@ -21,6 +21,9 @@ TargetArgument = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores to use; all by default.")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Use no more memory than this, e.g. 8GB.")
+]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Decode what was written once more, to find damage.")
 ]
@@ -128,6 +131,10 @@ MeasureChunks = Annotated[
     int | None, typer.Option("--measure-chunks", min=1, help="Most windows of the text to measure on.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where calibration runs: cpu, cuda or auto.")]
+
+
+def bytes_of(size: str | None) -> int | None:
+    return parse_size(size) if size else None
 
 
 def budget_of(

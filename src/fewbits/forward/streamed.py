@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from fewbits.errors import FewbitsError
+from fewbits.spill import Spill
 
 if TYPE_CHECKING:
     from fewbits.checkpoint import Model
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 BATCH_TOKENS = 2048
 """Windows run together up to so many tokens: enough to keep the matrix products busy, small beside a block."""
-SPILL_BYTES = 2**31
-"""Activations larger than this live in a temporary file instead of memory."""
+ROWS_WEIGHTS = 1 << 23
+"""Weights of an embedding that are read at a time."""
 FUSED_EXPERTS = {
     "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "experts.down_proj": (("down_proj",), ("w2",)),
@@ -123,13 +123,15 @@ class StreamedModel:
         model: the weights, by Hugging Face names.
         bf16: round the weights and, after the embedding, every block and the final norm, the activations to bfloat16:
             the noise floor. Arithmetic stays float32.
+        spill: where activations go that are too large for memory.
 
     Raises:
         FewbitsError: transformers does not know the architecture.
     """
 
-    def __init__(self, model: Model, bf16: bool = False) -> None:
+    def __init__(self, model: Model, bf16: bool = False, spill: Spill | None = None) -> None:
         self.model = model
+        self.spill = spill or Spill()
         self.names = frozenset(model.names)
         self.round = bf16_round if bf16 else (lambda x: x)
         self.skeleton = build_skeleton(model)
@@ -192,8 +194,20 @@ class StreamedModel:
             )
         step = together or max(1, BATCH_TOKENS // context)
         batches = [slice(i, min(i + step, len(inputs))) for i in range(0, len(inputs), step)]
-        hidden = activations((*inputs.shape, self.config.hidden_size))
+        hidden = self.activations((*inputs.shape, self.config.hidden_size))
         return Stream(hidden, batches, self._embed(torch.from_numpy(inputs), batches, hidden))
+
+    def activations(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A float32 tensor in memory, or in a file where it is large."""
+        return torch.from_numpy(self.spill.empty(shape))
+
+    def copied(self, hidden: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations once more, window by window; `to` takes them, or new memory."""
+        to = self.activations(tuple(hidden.shape)) if to is None else to
+        for old, new in zip(hidden, to, strict=True):
+            new.copy_(old)
+            self.spill.forget()
+        return to
 
     def block_path(self, index: int) -> str:
         """Name of a decoder block within the model: the prefix of its tensors."""
@@ -213,6 +227,7 @@ class StreamedModel:
         args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
         out = block(stream.hidden[batch].to(device), *args, **kwargs)
         stream.hidden[batch] = self.round(out if isinstance(out, torch.Tensor) else out[0])
+        self.spill.forget()
 
     def watch_block(
         self, index: int, block: nn.Module, stream: Stream, device: str = "cpu", batches: int | None = None
@@ -226,6 +241,7 @@ class StreamedModel:
         for batch in stream.batches[::step][:batches]:
             args, kwargs = _moved(stream.calls[batch.stop - batch.start][index], device)
             block(stream.hidden[batch].to(device), *args, **kwargs)
+            self.spill.forget()
 
     def weights_of(
         self, index: int, block: nn.Module, of: Callable[[nn.Parameter], torch.Tensor] = lambda found: found.data
@@ -310,6 +326,7 @@ class StreamedModel:
             entered = recorders[0].hidden
             assert entered is not None
             hidden[batch] = self.round(entered)
+            self.spill.forget()
             calls.setdefault(batch.stop - batch.start, [recorder.call for recorder in recorders])
         return calls
 
@@ -323,6 +340,7 @@ class StreamedModel:
             # only the shape and type of the input matter: masks and rotary embeddings go to blocks that ignore them
             stand_in = torch.zeros(1).expand(given.hidden.shape)
             hidden[batch] = self.round(base(inputs_embeds=stand_in, use_cache=False).last_hidden_state)
+            self.spill.forget()
 
     def _base_with(self, blocks: list[Any], final_norm: bool) -> nn.Module:
         """The base model with other decoder blocks and the weights outside of them in place.
@@ -343,11 +361,15 @@ class StreamedModel:
             if not embedding and not final_norm and any(True for _ in module.parameters()):
                 base._modules[name] = nn.Identity()  # the norm: its result would be thrown away
                 continue
-            base._modules[name] = self.materialize(module, path)
+            base._modules[name] = self.materialize(module, path, spilled=embedding)
         return base
 
-    def materialize(self, meta: nn.Module, path: str) -> nn.Module:
-        """A copy of a meta module with its weights read and its buffers computed."""
+    def materialize(self, meta: nn.Module, path: str, spilled: bool = False) -> nn.Module:
+        """A copy of a meta module with its weights read and its buffers computed.
+
+        Args:
+            spilled: whether weights that are too large for memory go to a file: of embeddings few rows are used.
+        """
         module = copy.deepcopy(meta)
         for part in module.modules():
             lost = {name: buffer for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta}
@@ -357,7 +379,7 @@ class StreamedModel:
                 # how transformers itself restores buffers that no file holds; weights on meta are not touched
                 self.skeleton._init_weights(part)
         state = {
-            name: self._tensor(f"{path}.{name}", tuple(parameter.shape))
+            name: self._tensor(f"{path}.{name}", tuple(parameter.shape), spilled)
             for name, parameter in module.named_parameters()
         }
         module.load_state_dict(state, strict=False, assign=True)
@@ -376,8 +398,10 @@ class StreamedModel:
                 return tuple(stored for stored in first if stored)
         return ()
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], spilled: bool = False) -> torch.Tensor:
         found = self._on_disk(name)
+        if found and spilled and self.model.shape(found) == shape and 4 * prod(shape) > self.spill.above:
+            return self._spilled(found, shape)
         value = self._read(found) if found else self._fused(name, shape)
         if value is None:
             raise FewbitsError(f"{self.model.path}: tensor {name!r} is missing.")
@@ -386,6 +410,15 @@ class StreamedModel:
                 f"{self.model.path}: tensor {name!r} has shape {list(value.shape)}, the config says {list(shape)}."
             )
         return self.round(value)
+
+    def _spilled(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        out = self.activations(shape)
+        step = max(1, ROWS_WEIGHTS // prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            rows = np.ascontiguousarray(self.model.read(name, slice(start, start + step)), np.float32)
+            out[start : start + step] = self.round(torch.from_numpy(rows))
+            self.spill.forget()
+        return out
 
     def _read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.model.read(name), np.float32))
@@ -480,11 +513,3 @@ def _moved(value: Any, device: str) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_moved(item, device) for item in value)
     return value
-
-
-def activations(shape: tuple[int, ...]) -> torch.Tensor:
-    """A float32 tensor in memory, or in an unlinked temporary file where it is large."""
-    if 4 * prod(shape) <= SPILL_BYTES:
-        return torch.empty(shape)
-    with tempfile.TemporaryFile(prefix="fewbits-activations-") as file:
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))

@@ -19,6 +19,8 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
 from fewbits.methods import gptq_groups, gptq_row_groups
 from fewbits.methods.base import DAMPING, Factor, Known, Method
+from fewbits.methods.inverse_cholesky import PANEL, invert_cholesky
+from fewbits.spill import Spill
 
 DAMPINGS = (0.003, DAMPING, 0.03, 0.1, 0.3, 1.0)
 """What is tried where some text is held out. With less, codes at the ends of their range meet what they cannot make up
@@ -35,42 +37,63 @@ def feedback_span(codec: type[Codec]) -> int:
     return fixed_codebook(codec).span if issubclass(codec, GroupCodebook) else 0
 
 
-def factorize(hessian: npt.NDArray[np.float32], damping: float = DAMPING, span: int = 1) -> Factor:
+def factorize(
+    hessian: npt.NDArray[np.float32], damping: float = DAMPING, span: int = 1, spill: Spill | None = None
+) -> Factor:
     """Prepare a Hessian, float32 [columns, columns]: the mean of x x^T over the tokens.
 
     Args:
         span: how many neighbouring columns stay together, in their order: see `feedback_span`. The factor's blocks of
             that size are those of the block factor: a group's error d costs |d B^-1|^2, B its block.
+        spill: where the float64 matrix goes if it is too large for memory.
 
     Raises:
         FewbitsError: it is not positive, however much it is damped.
     """
-    import torch  # takes a second, which methods that need no Hessian do without
-
+    spill = spill or Spill()
     diagonal = hessian.diagonal().astype(np.float64)
-    if not np.isfinite(hessian).all() or diagonal.min() < 0:
+    if not _finite(hessian, spill) or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     groups = np.argsort(-diagonal.reshape(-1, span).sum(1), kind="stable")
     order = (groups[:, None] * span + np.arange(span)).reshape(-1)
     mean = float(diagonal.mean()) or 1.0
     # with the order reversed, H = L L^T gives the wanted factor as the inverse of an upper triangle, reversed again
     back = order[::-1].copy()
-    backward = torch.from_numpy(hessian[np.ix_(back, back)].astype(np.float64))
+    work = spill.empty(hessian.shape, np.float64)
     for attempt in range(RETRIES):
-        backward.diagonal().copy_(torch.from_numpy(diagonal[back] + damping * 10**attempt * mean))
-        lower, failed = torch.linalg.cholesky_ex(backward)
-        if failed:
+        damped = diagonal + damping * 10**attempt * mean
+        for start in range(0, back.size, COLUMNS):
+            rows = back[start : start + COLUMNS]
+            work[start : start + COLUMNS] = hessian[rows][:, back]
+            spill.forget()
+        np.fill_diagonal(work, damped[back])
+        if not invert_cholesky(work, spill):
             continue
-        identity = torch.eye(order.size, dtype=torch.float64)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-        upper = np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
+        upper = np.zeros(hessian.shape, np.float32)
+        for start in range(0, back.size, COLUMNS):
+            # row i of the inverse, backwards, is row n - 1 - i, from its diagonal on
+            rows, end = work[start : start + COLUMNS], min(start + COLUMNS, back.size)
+            upper[back.size - end : back.size - start, back.size - end :] = np.tril(rows[:, :end], start)[::-1, ::-1]
+            spill.forget()
         if span == 1:
             return Factor(order, upper)
-        return Factor(order, upper, np.ascontiguousarray(backward.numpy()[::-1, ::-1], np.float32))
+        ordered = hessian[np.ix_(order, order)]
+        np.fill_diagonal(ordered, damped[order])
+        return Factor(order, upper, ordered)
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
 
 
-def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32]) -> float:
+def _finite(matrix: npt.NDArray[np.float32], spill: Spill) -> bool:
+    for start in range(0, len(matrix), COLUMNS):
+        # min and max carry any NaN along and allocate nothing
+        rows = matrix[start : start + COLUMNS]
+        if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+            return False
+        spill.forget()
+    return True
+
+
+def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32], spill: Spill | None = None) -> float:
     """Which of `DAMPINGS` makes feedback by one text lose least on another.
 
     With errors of rounding d that know nothing of each other, what is left of the weights is d diag(U)^-1 U, U the
@@ -87,10 +110,12 @@ def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32])
 
     def cost(index: int) -> float:
         if index not in costs:
-            factor = factorize(seen, DAMPINGS[index])
-            moved = factor.upper @ held[np.ix_(factor.order, factor.order)]
-            each = np.einsum("ij,ij->i", moved, factor.upper, dtype=np.float64) / np.square(factor.upper.diagonal())
-            costs[index] = float(each.sum())
+            factor = factorize(seen, DAMPINGS[index], spill=spill)
+            ordered, costs[index] = held[np.ix_(factor.order, factor.order)], 0.0
+            for start in range(0, len(ordered), PANEL):
+                upper = factor.upper[start : start + PANEL]
+                each = np.einsum("ij,ij->i", upper @ ordered, upper, dtype=np.float64)
+                costs[index] += float((each / np.square(upper.diagonal(start))).sum())
         return costs[index]
 
     best = DAMPINGS.index(DAMPING)

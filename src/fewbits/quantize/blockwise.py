@@ -4,7 +4,8 @@ have continuous parts are then tuned on the block's output (`tuning`).
 
 All windows go through a block side by side: each stops in front of a set of linears until their common input is known
 from all windows and the set is quantized, then goes on with the quantized weights. So every linear is computed once.
-In memory: one block, the Hessian of one input, and the windows' activations at one place of the block.
+In memory: one block, the Hessian of one input, and the windows' activations at one place of the block. Where these take
+too much, only some windows wait there; the others begin the block anew for each set, with the same results.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from fewbits.methods.gptq import choose_damping
 from fewbits.quantize.matrices import Arrays, packed
 from fewbits.quantize.rescaling import Rescaling
 from fewbits.quantize.tuning import TunableLayout, Tuning, epochs_of
+from fewbits.spill import Spill
 from fewbits.workers import Deferred, Pending, Workers, in_order
 
 Floats = npt.NDArray[np.float32]
+ROWS_AT_ONCE = 1024
 
 
 def rough_products(device: str) -> bool:
@@ -64,6 +67,7 @@ class BlockwiseRun:
         rough: whether products are taken in bfloat16; see `rough_products`.
         effort: how much time methods that gain by it may take.
         norms: type in which a block's norms are stored, for `put_plain`, where tuning may change them.
+        parked: how many batches of windows may wait within a block; None: all.
         workers: who quantizes the matrices of one input side by side, where these are as many as the pool has threads;
             fewer are done faster here, each by all threads.
         tuned: of each block that tuning has changed, the held-out windows' error before and after.
@@ -81,6 +85,7 @@ class BlockwiseRun:
     rough: bool = False
     effort: Effort = "default"
     norms: torch.dtype | None = None
+    parked: int | None = None
     workers: Workers | None = None
     without_data: list[str] = field(default_factory=list)
     tuned: list[tuple[float, float]] = field(default_factory=list)
@@ -119,23 +124,37 @@ class BlockwiseRun:
         recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out)
         # the first weight of each set listens for all of them
         self._attach(recorder, index, block, {names[0]: names for names in stages})
-        runs = [
-            greenlet(partial(self.streamed.run_batch, index, block, self.stream, batch, self.device))
-            for batch in self.stream.batches
-        ]
-        while runs:
-            reached = {run.switch() for run in runs}
-            runs = [run for run in runs if not run.dead]
-            if len(reached) != 1:
-                raise FewbitsError(f"{self.streamed.block_path(index)}: windows go different ways through this block.")
-            (names,) = reached
-            if names:
-                self._quantize(recorder.take(names), views)
+        waiting: dict[int, greenlet] = {}
+        while names := self._pass(index, block, waiting):
+            self._quantize(recorder.take(names), views)
         recorder.detach()
         if tuning:
             self._tune(tuning, views)
         if self.rescaling or self.norms is not None:
             self._put_plain(views)
+
+    def _pass(self, index: int, block: nn.Module, waiting: dict[int, greenlet]) -> tuple[str, ...] | None:
+        """Take every batch to the next set of linears that are not quantized, whose names this gives, or to the end.
+
+        Args:
+            waiting: the batches that wait in the block, by number; changed. The others begin anew.
+        """
+        reached = set()
+        for number, batch in enumerate(self.stream.batches):
+            run = waiting.pop(number, None) or greenlet(
+                partial(self.streamed.run_batch, index, block, self.stream, batch, self.device)
+            )
+            reached.add(run.switch())
+            if run.dead:
+                continue
+            if self.parked is None or number < self.parked:
+                waiting[number] = run
+            else:
+                run.throw()
+        if len(reached) != 1:
+            raise FewbitsError(f"{self.streamed.block_path(index)}: windows go different ways through this block.")
+        (names,) = reached
+        return names
 
     def _put_plain(self, views: Mapping[str, torch.Tensor]) -> None:
         for name, values in views.items():
@@ -217,7 +236,8 @@ class BlockwiseRun:
         names = inputs.of_expert(expert)
         # engines fuse what has the same input
         amax = max(float(views[name].abs().max()) for name in names)
-        known = replace(known_of(inputs, expert, self.methods), amax=amax, device=self.device, effort=self.effort)
+        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
+        known = replace(known, amax=amax, device=self.device, effort=self.effort)
         job = workers.job(StagePacker(known, self.rough)) if workers else None
         for name in names:
             weights = np.ascontiguousarray(views[name].cpu().numpy())
@@ -251,7 +271,8 @@ class BlockwiseRun:
         inputs = Inputs.empty((name,), 1, self.stream.hidden, *options)
         for batch in self.stream.batches:
             inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        known = replace(known_of(inputs, 0, self.methods), device=self.device, effort=self.effort)
+        known = known_of(inputs, 0, self.methods, self.streamed.spill, last=True)
+        known = replace(known, device=self.device, effort=self.effort)
         self._keep(name, self._make(name, weights, known))
 
 
@@ -311,11 +332,18 @@ def hessians_of(methods: Collection[str]) -> set[str]:
     return found - {""}
 
 
-def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
+def known_of(
+    inputs: Inputs, expert: int, methods: Collection[str], spill: Spill | None = None, last: bool = False
+) -> Known:
     """What the windows say of one input, in the forms that these methods use.
 
     An expert that no token reached is left to the searched scales.
+
+    Args:
+        spill: where large matrices go.
+        last: whether this is asked once, so that `inputs` need not keep the expert's Hessian.
     """
+    spill = spill or Spill()
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
     if not count:
         # activations have a scale all the same: that of the other experts
@@ -323,16 +351,33 @@ def known_of(inputs: Inputs, expert: int, methods: Collection[str]) -> Known:
     importance = (inputs.sums[expert] / count).float().cpu().numpy()
     if hessian is None:
         return Known(importance, peak=inputs.peaks[expert])
-    mean = (hessian / count).cpu().numpy()
+    held, held_count, damping = inputs.held[expert], inputs.held_counts[expert], None
+    if last:
+        inputs.held[expert] = None
+    if held is not None and held_count >= len(held):
+        # before the mean is taken: this needs most memory
+        seen = ((hessian - held) / (count - held_count)).cpu().numpy()
+        held = held.div_(held_count) if last else held / held_count
+        damping = choose_damping(seen, held.cpu().numpy(), spill)
+        del seen
+    del held
+    mean = _mean(hessian, count, spill)
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
-    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert])
+    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert], damping=damping)
     if count < len(mean):
         # too little for feedback of any kind
         return replace(known, hessian=None) if "whole" in hessians_of(methods) else known
-    held, held_count = inputs.held[expert], inputs.held_counts[expert]
-    if held is not None and held_count >= len(mean):
-        seen = ((hessian - held) / (count - held_count)).cpu().numpy()
-        known = replace(known, damping=choose_damping(seen, (held / held_count).cpu().numpy()))
+    if last:
+        del hessian
+        inputs.hessians[expert] = None
     if "factor" not in hessians_of(methods):
         return known
-    return replace(known, factor=factorize(mean, known.damping or DAMPING))
+    return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill))
+
+
+def _mean(hessian: torch.Tensor, count: int, spill: Spill) -> Floats:
+    mean = spill.empty(tuple(hessian.shape))
+    for rows in range(0, len(mean), ROWS_AT_ONCE):
+        mean[rows : rows + ROWS_AT_ONCE] = (hessian[rows : rows + ROWS_AT_ONCE] / count).cpu().numpy()
+        spill.forget()
+    return mean

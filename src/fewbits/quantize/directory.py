@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from fewbits.errors import FewbitsError, about
 from fewbits.formats.directory.writer import MAX_SHARD_SIZE, DirectoryWriter, Entry, lay_out
 from fewbits.formats.work import WorkFolder
 from fewbits.layouts import Layout
+from fewbits.limits import Limits
 from fewbits.methods import Known
 from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
@@ -29,7 +31,8 @@ from fewbits.plan import Plan, PlannedFile, PlannedTensor
 from fewbits.plan.directory import HEAD, Target, alike, follow, methods_for, plan_directory, siblings
 from fewbits.quantize.execute import QuantizeReport, peak_memory
 from fewbits.quantize.importances import Progress
-from fewbits.quantize.matrices import Arrays, Floats, packed
+from fewbits.quantize.matrices import Arrays, Floats, goes_by_rows, packed, packed_by_rows
+from fewbits.quantize.memory_need import matrix_bytes
 from fewbits.quantize.three_levels import three_levels_notes
 from fewbits.version import __version__
 from fewbits.workers import Pending, Threads, Workers
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from fewbits.quantize.rescaling import Rescaling
 
 COPIED_BYTES = 1 << 26
+ENCODED_WEIGHTS = 1 << 23
 WEIGHTS_AT_ONCE = 1 << 27
 """Weights that are worked on at once, where no single tensor has more: half a gigabyte as float32."""
 
@@ -172,6 +176,7 @@ def execute_directory(
     overwrite: bool = False,
     progress: Progress | None = None,
     finish: Callable[[DirectoryWriter], Mapping[str, bytes]] | None = None,
+    limits: Limits | None = None,
     workers: Workers | None = None,
 ) -> QuantizeReport:
     """Make the model directory of a plan.
@@ -182,6 +187,7 @@ def execute_directory(
         threads: None takes every core. Without calibration the bytes do not depend on it.
         progress: called with what is done, what there is to do and the part at hand.
         finish: gives further files once all weights are written.
+        limits: how to keep within memory.
         workers: who quantizes matrices, instead of threads.
 
     Raises:
@@ -189,13 +195,14 @@ def execute_directory(
             name.
     """
     started = time.monotonic()
+    limits = limits or Limits(threads)
     shards = lay_out(entries_of(plan, request.target), request.max_shard_size)
     notes = list(plan.notes)
     with (
-        ThreadPoolExecutor(threads or os.cpu_count() or 1, "quantize") as pool,
+        ThreadPoolExecutor(limits.threads or os.cpu_count() or 1, "quantize") as pool,
         DirectoryWriter(work, shards, files, overwrite, model.path) as writer,
     ):
-        run = _Run(plan, model, request, writer, pool, workers or Threads(pool), progress)
+        run = _Run(plan, model, request, writer, pool, workers or Threads(pool), progress, limits)
         try:
             if request.text is None:
                 run.plain(lambda name: True)
@@ -244,18 +251,21 @@ class MatrixPacker:
         Raises:
             FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
         """
-        weights, layout = self.weights(tensor), self.target.layout_of(tensor.codec)
+        layout, shape = self.target.layout_of(tensor.codec), (tensor.shape[0], tensor.shape[1])
         try:
+            if goes_by_rows(layout, tensor.method):
+                return packed_by_rows(partial(self.weights, tensor), shape, layout, tensor.method)
+            weights = self.weights(tensor)
             return packed(weights, layout, tensor.method, Known(amax=self._amax(tensor, weights, layout)))
         except FewbitsError as error:
             raise FewbitsError(f"{self.model.path}: {tensor.name}: {error.message}", error.hint) from None
 
-    def weights(self, tensor: PlannedTensor) -> Floats:
-        """A weight as it is; a head that shares the embeddings' matrix has no tensor of its own."""
+    def weights(self, tensor: PlannedTensor, rows: slice | None = None) -> Floats:
+        """A weight as it is, or some rows; a head that shares the embeddings' matrix has no tensor of its own."""
         name = tensor.name
         if tensor.reason == HEAD:
             name = arch.head_source(self.model.config, {name: self.model.shape(name) for name in self.model.names})
-        return np.ascontiguousarray(self.model.read(name), np.float32)
+        return np.ascontiguousarray(self.model.read(name, rows), np.float32)
 
     def _amax(self, tensor: PlannedTensor, weights: Floats, layout: Layout) -> float | None:
         """Largest magnitude of a weight and those that engines fuse with it, for types with one global scale."""
@@ -277,6 +287,7 @@ class _Run:
     pool: ThreadPoolExecutor
     workers: Workers
     progress: Progress | None
+    limits: Limits
 
     @cached_property
     def packer(self) -> MatrixPacker:
@@ -295,7 +306,9 @@ class _Run:
             for start in range(0, size, COPIED_BYTES):
                 yield self.model.checkpoint.raw(tensor.name, start, start + COPIED_BYTES)
         else:
-            yield encoded(tensor, self.model.read(tensor.name))
+            step = max(1, ENCODED_WEIGHTS // max(1, prod(tensor.shape[1:])))
+            for start in range(0, tensor.shape[0], step):
+                yield encoded(tensor, self.model.read(tensor.name, slice(start, start + step)))
 
     def one_by_one(self) -> None:
         """Without calibration no weight depends on another: several at once, as many as fit into the budget."""
@@ -320,7 +333,11 @@ class _Run:
         """Of threads the weights of all matrices under way are here; of others only what they send back."""
         if self.workers.remote:
             return len(ahead) < self.workers.ahead
-        return not ahead or sum(other.n_weights for other in ahead) + tensor.n_weights <= WEIGHTS_AT_ONCE
+        if not ahead or self.limits.at_once is None:
+            return not ahead or sum(other.n_weights for other in ahead) + tensor.n_weights <= WEIGHTS_AT_ONCE
+        layout_of = self.request.target.layout_of
+        taken = sum(matrix_bytes(other, layout_of(other.codec)) for other in [tensor, *ahead])
+        return taken <= self.limits.at_once
 
     def _is_written(self, tensor: PlannedTensor) -> bool:
         return all(self.writer.has(entry.name) for entry in stored_as(tensor, self.request.target))
@@ -346,7 +363,7 @@ class _Run:
         layouts = {tensor.name: self.request.target.layout_of(tensor.codec) for tensor in todo}
         by_name = {tensor.name: tensor for tensor in self.plan.tensors}
         with torch_threads(threads or os.cpu_count() or 1), torch.no_grad():
-            streamed = StreamedModel(self.model)
+            streamed = StreamedModel(self.model, spill=self.limits.spill)
             text.check(streamed.n_vocab, self.model.path)
             rough = rough_products(device)
             rescaling = self._rescaling(streamed, layouts, rough)
@@ -374,7 +391,7 @@ class _Run:
 
             run = BlockwiseRun(
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
-                *(self.request.effort, norms, self.workers if self.workers.remote else None),
+                *(self.request.effort, norms, self.limits.parked, self.workers if self.workers.remote else None),
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)

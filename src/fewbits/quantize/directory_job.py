@@ -29,6 +29,7 @@ from fewbits.forward.text import read_text
 from fewbits.layouts import LAYOUTS, Made
 from fewbits.layouts.engines import runs_in
 from fewbits.layouts.onnx import ONNX
+from fewbits.limits import Limits
 from fewbits.methods import method as method_named
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan
@@ -45,7 +46,9 @@ from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, w
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.facts import common_facts, text_facts
 from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
+from fewbits.quantize.memory_need import directory_limits, text_run
 from fewbits.quantize.onnx_job import graph_files, without_nulls
+from fewbits.spill import Spill
 
 if TYPE_CHECKING:
     from fewbits.calibration.texts import CalibrationText
@@ -77,6 +80,7 @@ class DirectoryJob:
         budget: what an open target may take, until it is spent.
         measured: what the measuring pass found, to be kept beside the weights.
         seconds: that spending the budget took.
+        max_memory: most bytes of memory to use; None: no limit.
         named: the output as the command line names it, where that is a URL.
         edited: the saved plan that is followed.
     """
@@ -92,6 +96,7 @@ class DirectoryJob:
     measurement: Path | None = None
     measured: bytes | None = None
     seconds: float = 0.0
+    max_memory: int | None = None
     named: str | None = None
     edited: Path | None = None
 
@@ -211,6 +216,26 @@ class DirectoryJob:
             work.keep(PLAN, plan.model_dump_json().encode())
         return replace(self, plan=plan, budget=None, measured=kept, seconds=time.monotonic() - started)
 
+    def limits(self, output: Path, threads: int | None) -> Limits:
+        """How to keep within the memory that may be used.
+
+        Raises:
+            FewbitsError: that cannot be.
+        """
+        text, request, most, beside = self.text, self.request, self.max_memory, output.absolute().parent
+        if most is None:
+            return Limits(threads, Spill(folder=beside))
+        if text is None:
+            return directory_limits(self.plan, lambda t: request.target.layout_of(t.codec), most, threads)
+        from fewbits.quantize.tuning import epochs_of  # imports torch, which data-free targets do without
+
+        windows, context = text.inputs.shape
+        layouts = [request.target.layout_of(tensor.codec) for tensor in quantized_tensors(self.plan)]
+        run = text_run(self.plan, self.model, windows, context, epochs_of(layouts, request.effort) > 0)
+        if self.budget is not None:  # weights are tried in the model first: gradients, and the Hessians of whole blocks
+            replace(run, all_inputs=True, gradients=True, waits=False).check(most)
+        return run.limits(most, beside, threads)
+
     def execute(
         self,
         output: Path,
@@ -218,6 +243,7 @@ class DirectoryJob:
         overwrite: bool,
         progress: Progress | None,
         work: WorkFolder,
+        limits: Limits | None = None,
         workers: Workers | None = None,
     ) -> QuantizeReport:
         """Make the directory; see `execute_directory`.
@@ -239,7 +265,8 @@ class DirectoryJob:
                 files[TOKENIZER_CONFIG] = without_nulls(files[TOKENIZER_CONFIG])
             finish = partial(graph_files, skeleton, plan, self.model, self.request.target)
         report = execute_directory(
-            plan, self.model, self.request, work, files, threads, self.device, overwrite, progress, finish, workers
+            *(plan, self.model, self.request, work, files, threads, self.device, overwrite, progress, finish),
+            *(limits, workers),
         )
         return report.model_copy(update={"seconds": report.seconds + self.seconds})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from fewbits.checkpoint import Model
 from fewbits.codecs import codec
 from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.formats.tensor_files import TensorFiles
+from fewbits.limits import Limits
 from fewbits.methods import method
 from fewbits.methods.base import Effort
 from fewbits.methods.gptq import feedback_span
@@ -114,6 +115,7 @@ class GGUFBlockwise:
     Attributes:
         text: what calibrates the model.
         state: a folder for the activations that an interrupted run goes on from.
+        limits: how to keep within memory.
         workers: see `BlockwiseRun`.
     """
 
@@ -124,6 +126,7 @@ class GGUFBlockwise:
     threads: int | None = None
     progress: Progress | None = None
     effort: Effort = "default"
+    limits: Limits = field(default_factory=Limits)
     workers: Workers | None = None
 
     @cached_property
@@ -153,9 +156,9 @@ class GGUFBlockwise:
             source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
         }
         methods = {source: _method(planned[place.tensor.name]) for source, place in linears.items()}
-        cores = self.threads or os.cpu_count() or 1
-        with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(cores, "quantize") as pool:
-            streamed = StreamedModel(self.model)
+        limits, cores = self.limits, self.threads or os.cpu_count() or 1
+        with torch_threads(cores), torch.no_grad(), ThreadPoolExecutor(limits.threads or cores, "quantize") as pool:
+            streamed = StreamedModel(self.model, spill=limits.spill)
             self.text.check(streamed.n_vocab, self.model.path)
             stream = streamed.enter(self.text.inputs)
             state = Activations(self.state)
@@ -196,6 +199,7 @@ class GGUFBlockwise:
                 *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
                 effort=self.effort,
                 norms=torch.float32 if rescaling else None,
+                parked=limits.parked,
                 workers=self.workers,
             )
             run.run(first, done, self.progress)

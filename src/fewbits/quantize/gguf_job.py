@@ -19,6 +19,7 @@ from fewbits.formats.gguf.source import GGUFSource, gguf_source
 from fewbits.formats.journal import published
 from fewbits.formats.work import WorkFolder
 from fewbits.forward.identity import digests, file_facts
+from fewbits.limits import Limits
 from fewbits.methods.base import Effort
 from fewbits.plan import Plan
 from fewbits.quantize.budget import TARGET, Budget, plan_budget
@@ -39,7 +40,9 @@ from fewbits.quantize.importances import (
     with_provenance,
 )
 from fewbits.quantize.learned import Learned
+from fewbits.quantize.memory_need import gguf_limits, text_run
 from fewbits.quantize.planning import PlanRequest, default_output, make_plan
+from fewbits.spill import Spill
 from fewbits.workers import Workers
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ class GGUFJob:
         budget: how much the file may take, where types are chosen freely.
         effort: how much time to take where there is text: `fast` looks at it once, `default` also quantizes block by
             block with error feedback.
+        max_memory: most bytes of memory to use; None: no limit.
         workers: of a cluster, who take slabs, matrices and windows of text; budgets are spent here.
     """
 
@@ -73,6 +77,7 @@ class GGUFJob:
     progress: Progress | None
     effort: Effort = "default"
     workers: Workers | None = None
+    max_memory: int | None = None
 
     @staticmethod
     def of(
@@ -157,12 +162,13 @@ class GGUFJob:
         started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output, work)[1]
-            return self._write(plan, self.source, work, overwrite, Learned())
+            return self._write(plan, self.source, work, overwrite, Learned(), self._limits(plan))
         statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite=True)
-        made = work.path / STATISTICS
+        made, limits = work.path / STATISTICS, None
         beside = {}
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
+            limits = self._limits(plan)
             if self.budget is None:  # how large a mixture gets is not known yet
                 check(plan, source, self.output, overwrite, feedback=True)
             if found is not None:
@@ -171,14 +177,14 @@ class GGUFJob:
                     work.done(STATISTICS)
                 beside = {made: file}
         source, plan, found = self._made(statistics, file, work)
+        limits = limits or self._limits(plan)
         blockwise = None
         if self.feeds_back and found is not None:
             state = work.path / "activations"
-            blockwise = GGUFBlockwise(
-                *(plan, self._opened, self._text, state, self.threads, self.progress, self.effort, self.workers)
-            )
+            run = (plan, self._opened, self._text, state, self.threads, self.progress, self.effort)
+            blockwise = GGUFBlockwise(*run, limits, self.workers)
         learned = Learned(found or {}, self.factors)
-        report = self._write(plan, source, work, overwrite, learned, blockwise, beside)
+        report = self._write(plan, source, work, overwrite, learned, limits, blockwise, beside)
         return report.model_copy(update={"seconds": time.monotonic() - started})
 
     def _write(
@@ -188,10 +194,11 @@ class GGUFJob:
         work: WorkFolder,
         overwrite: bool,
         learned: Learned,
+        limits: Limits,
         blockwise: GGUFBlockwise | None = None,
         beside: Mapping[Path, Path] | None = None,
     ) -> QuantizeReport:
-        options = (self.threads, overwrite, self.progress, learned, blockwise, beside, self.workers)
+        options = (limits.threads, overwrite, self.progress, learned, blockwise, beside, self.workers)
         return execute(plan, source, work, *options)
 
     @property
@@ -215,6 +222,21 @@ class GGUFJob:
         """Whether text runs through the model while it is quantized."""
         return self.effort != "fast" and not self.factors and bool(split_sources(self.calibration)[1])
 
+    def _limits(self, plan: Plan) -> Limits:
+        """How to keep within the memory that may be used.
+
+        Raises:
+            FewbitsError: that cannot be.
+        """
+        widest = max((t.shape[-1] for t in plan.tensors if t.method == "gptq"), default=0) if self.factors else 0
+        limits, beside = gguf_limits(plan, self.max_memory, self.threads, widest), self.output.absolute().parent
+        if self.max_memory is None or not self.feeds_back:
+            return replace(limits, spill=Spill(folder=beside))
+        windows, context = self._text.inputs.shape
+        # GGUF's blocks are tuned by this effort alone
+        run = text_run(plan, self._opened, windows, context, self.effort == "thorough")
+        return run.limits(self.max_memory, beside, limits.threads)
+
     @cached_property
     def _opened(self) -> Model:
         return open_model(self.model)
@@ -229,7 +251,8 @@ class GGUFJob:
         texts = split_sources(self.calibration)[1]
         gradients = self.budget is not None
         return calibrate_texts(
-            self.model, texts, kept, self.chunks, gradients, self.threads, True, self.progress, self.workers
+            *(self.model, texts, kept, self.chunks, gradients, self.threads, True, self.progress),
+            *(self.max_memory, self.workers),
         )  # fmt: skip
 
     def _made(

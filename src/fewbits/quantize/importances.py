@@ -110,6 +110,7 @@ def calibrate_texts(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    max_memory: int | None = None,
     workers: Workers | None = None,
 ) -> Statistics:
     """What was `promised`: the statistics of texts, kept for other targets; see `calibration.run.calibrate`."""
@@ -125,6 +126,7 @@ def calibrate_texts(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
+        max_memory=max_memory,
         workers=workers,
     ).statistics
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,8 @@ from fewbits.methods.base import ROWS
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
+WEIGHTS = 1 << 23
+"""Of a matrix that goes by rows, so many weights are in memory at a time, or `ROWS` rows."""
 
 
 def quantize_matrix(
@@ -47,12 +49,7 @@ def packed(
         FewbitsError: a weight is NaN or infinite, or the layout cannot hold the result.
     """
     known = known or Known()
-    if not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
-        bad = int(np.argmax(~np.isfinite(weights).all(axis=1)))
-        raise FewbitsError(
-            f"it holds NaN or infinite weights (row {bad}).",
-            "Such a model is damaged: fetch it again or repair the training run.",
-        )
+    _check_finite(weights)
     kind, g_idx = layout.type, None
     found: Coded
     if not isinstance(kind, Scaled):
@@ -62,6 +59,42 @@ def packed(
     else:
         found = _fit(weights, kind, chosen, known, pool)
     return layout.pack(found, g_idx, known.peak)
+
+
+def goes_by_rows(layout: Layout, chosen: str) -> bool:
+    """Whether rows of a matrix are quantized without the others being known."""
+    # HQQ stops when the whole matrix no longer gains
+    return isinstance(layout.type, Scaled) and layout.type.rows_apart and chosen != "hqq"
+
+
+def packed_by_rows(read: Callable[[slice], Floats], shape: tuple[int, int], layout: Layout, chosen: str) -> Arrays:
+    """`packed` of a matrix that `goes_by_rows` and of whose inputs nothing is known, some rows in memory at a time.
+
+    Args:
+        read: gives rows, float32 [rows, in].
+        shape: [out, in].
+    """
+    kind = layout.type
+    assert isinstance(kind, Scaled)
+    step = max(ROWS, WEIGHTS // shape[1] // ROWS * ROWS)
+    parts = []
+    for start in range(0, shape[0], step):
+        weights = np.ascontiguousarray(read(slice(start, start + step)), np.float32)
+        _check_finite(weights, start)
+        parts.append(method(chosen).fit(weights, kind, Known()))
+    return layout.pack(_stacked(parts), None, None)
+
+
+def _check_finite(weights: Floats, first: int = 0) -> None:
+    """Args:
+    first: row of the matrix that `weights` begin with.
+    """
+    if not (np.isfinite(weights.min()) and np.isfinite(weights.max())):
+        bad = first + int(np.argmax(~np.isfinite(weights).all(axis=1)))
+        raise FewbitsError(
+            f"it holds NaN or infinite weights (row {bad}).",
+            "Such a model is damaged: fetch it again or repair the training run.",
+        )
 
 
 def _fit_in_order(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fewbits.calibration.collect import ENERGY_CAP
-from fewbits.forward.streamed import Stream, StreamedModel, activations
+from fewbits.forward.streamed import Stream, StreamedModel
 from fewbits.layouts.base import Arrays
 from fewbits.methods.base import Effort
 
@@ -112,10 +112,10 @@ class Tuning:
     ) -> None:
         self.streamed, self.stream, self.index, self.block = streamed, stream, index, block
         self.device, self.dtype = device, dtype
-        self.inputs = activations(tuple(stream.hidden.shape)).copy_(stream.hidden)
+        self.inputs = streamed.copied(stream.hidden)
         streamed.run_block(index, block, stream, device)
-        self.targets = activations(tuple(stream.hidden.shape)).copy_(stream.hidden)
-        stream.hidden.copy_(self.inputs)
+        self.targets = streamed.copied(stream.hidden)
+        streamed.copied(self.inputs, stream.hidden)
 
     @property
     def held_out(self) -> list[slice]:
@@ -185,7 +185,7 @@ class Tuning:
         for name, parameter in self.block.named_parameters():
             if name in plain:
                 parameter.data.copy_(plain[name])
-        self.stream.hidden.copy_(self.inputs)
+        self.streamed.copied(self.inputs, self.stream.hidden)
         self.streamed.run_block(self.index, self.block, self.stream, self.device)
 
     def _places(self, coded: Collection[str]) -> dict[str, str]:

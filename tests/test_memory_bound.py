@@ -1,0 +1,154 @@
+"""--max-memory: results that do not depend on it, needs told before any work, and jobs under the system's own limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewbits import api
+from fewbits.calibration.run import calibrate
+from fewbits.errors import FewbitsError
+from fewbits.forward import streamed
+from fewbits.limits import Limits
+from fewbits.methods import factorize, inverse_cholesky
+from fewbits.quantize.directory_job import DirectoryJob
+from fewbits.quantize.gguf_job import GGUFJob
+from fewbits.spill import Spill
+from tiny_models import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = {"num_hidden_layers": 1, "max_position_embeddings": 512}
+
+
+def test_an_array_in_a_file_keeps_its_values(tmp_path: Path) -> None:
+    spill = Spill(1000, tmp_path)
+    small, large = spill.empty((10,)), spill.empty((300, 10), np.float64)
+    large[:] = np.arange(3000).reshape(300, 10)
+    spill.forget()
+    np.testing.assert_array_equal(large, np.arange(3000).reshape(300, 10))
+    assert large.base is not None and small.base is None
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FewbitsError, match="no room for"):
+        spill.empty((1 << 50,))
+
+
+def test_a_factor_is_the_same_in_panels_and_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = np.random.default_rng(0).normal(size=(400, 300)).astype(np.float32) * np.geomspace(4, 0.1, 300)
+    hessian = (inputs.T @ inputs / 400).astype(np.float32)
+    whole = factorize(hessian)
+    monkeypatch.setattr(inverse_cholesky, "PANEL", 64)
+    panels, spilled = factorize(hessian), factorize(hessian, spill=Spill(100))
+    np.testing.assert_allclose(panels.upper, whole.upper, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(spilled.upper, panels.upper)
+    assert not np.tril(panels.upper, -1).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "gptq:w4g32"), ("mixtral", "ct:w4a16g32"), ("llama", "Q4_0")],
+)
+def test_results_do_not_depend_on_the_bound(
+    family: str, target: str, tmp_path: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits within a block, every array is in a file, one thread."""
+    model = save_tiny(tmp_path / "model", family, LONG)
+    options = {"calibration": texts[0], "calibration_chunks": 5, "threads": 2}
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 512)
+    made = [tmp_path / "usual" / "made", tmp_path / "bounded" / "made"]
+    for path in made:
+        path.parent.mkdir()
+    api.quantize(model, target, made[0], **options)
+    tight = Limits(1, Spill(100, tmp_path), parked=1)
+    monkeypatch.setattr(DirectoryJob, "limits", lambda *_: tight)
+    monkeypatch.setattr(GGUFJob, "_limits", lambda *_: tight)
+    api.quantize(model, target, made[1], **options)
+    usual, bounded = ([f.read_bytes() for f in files(path)] for path in made)
+    assert usual == bounded
+    assert not list(tmp_path.glob(".fewbits-*"))
+
+
+def files(made: Path) -> list[Path]:
+    return sorted(made.glob("*.safetensors")) if made.is_dir() else [made]
+
+
+def test_statistics_do_not_depend_on_the_bound(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    usual = calibrate(model, texts[0], chunks=4, context=64, sensitivity=True).statistics
+    bounded = calibrate(model, texts[0], chunks=4, context=64, sensitivity=True, max_memory=4 << 30).statistics
+    for name, tensor in usual.tensors.items():
+        np.testing.assert_array_equal(bounded.tensors[name].sums, tensor.sums)
+
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+from fewbits import api
+from fewbits.errors import FewbitsError
+from fewbits.quantize import directory_job, gguf_job
+from fewbits.quantize.execute import peak_memory
+
+model, target, output, text = sys.argv[1:]
+
+def guarded(function):
+    def call(*given):
+        found = function(*given)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+        return found
+    return call
+
+gguf_job.gguf_limits = guarded(gguf_job.gguf_limits)
+directory_job.directory_limits = guarded(directory_job.directory_limits)
+if text:
+    from fewbits.calibration.memory_need import TextRun
+    TextRun.limits = guarded(TextRun.limits)
+
+def job():
+    if target == "calibrate":
+        from fewbits.calibration.run import calibrate
+        return calibrate(model, text, output, context=64, chunks=16, hessians=output + ".hessians", max_memory=most)
+    options = {"calibration": text, "calibration_chunks": 3} if text else {}
+    return api.quantize(model, target, output, threads=2, max_memory=most, **options)
+
+most, refused = 128 << 20, ""
+while True:  # refusals cost nothing, so the first bound that is accepted is nearly the least
+    try:
+        job()
+        break
+    except FewbitsError as error:
+        refused = str(error)
+        if "--max-memory" not in refused or Path(output).exists():
+            raise
+        most = round(most * 1.1)
+print(json.dumps({"most": most, "peak": peak_memory(), "refused": refused}))
+"""
+SHAPES = {
+    "Q4_0": {"hidden": 4096, "ff": 14336, "vocabulary": 48_000, "layers": 2},
+    "bnb:nf4": {"hidden": 2048, "ff": 8192, "vocabulary": 2048, "layers": 6},
+    "gptq:w4g128": {"hidden": 512, "ff": 1536, "vocabulary": 200_000, "layers": 2},
+    "calibrate": {"hidden": 512, "ff": 1536, "vocabulary": 200_000, "layers": 2},
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds a process's own memory")
+@pytest.mark.parametrize("target", SHAPES)
+def test_under_the_systems_limit(target: str, tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """The least bound that is accepted is one that the system may enforce, and not far above what is used."""
+    sparse = runpy.run_path(str(ROOT / "benchmarks" / "large_shapes.py"))
+    shape = argparse.Namespace(**SHAPES[target], heads=8, kv_heads=4)
+    model = sparse["make_sparse"](tmp_path / "model", shape)
+    text = str(texts[0]) if target in ("gptq:w4g128", "calibrate") else ""
+    command = [sys.executable, "-c", CHILD, str(model), target, str(tmp_path / "made"), text]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout)
+    assert told["peak"] <= told["most"] <= 3 * told["peak"], told
+    assert " needs " in told["refused"]
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert target != "Q4_0" or size > 3 * told["most"], told
