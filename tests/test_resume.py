@@ -121,7 +121,7 @@ JOBS: dict[str, Callable[..., object]] = {
     "gguf": quantized("Q4_0"),
     "split": quantized("Q8_0", split_max_size=100_000),
     "gguf-text": quantized("Q4_0", calibration="TEXT"),
-    "gguf-budget": quantized("gguf", budget=Budget(bpw=6.0), calibration="TEXT"),
+    "gguf-budget": quantized("gguf", budget=Budget(bpw=6.0, types=("Q4_0", "Q8_0")), calibration="TEXT"),
     "directory": quantized("bnb:nf4"),
     "directory-text": quantized("gptq:w4g32", calibration="TEXT"),
     "directory-budget": quantized("gptq:g32", budget=Budget(bpw=4.8), calibration="TEXT"),
