@@ -29,6 +29,8 @@ LOCAL = "local"
 """The address that means: start Ray here."""
 TRIES = 5
 """How often a task whose worker died is given to another before it is given up."""
+PATIENCE = 10.0
+"""Seconds for a head to answer."""
 COUNT_EVERY = 5.0
 """Seconds between two looks at how large the cluster is."""
 JOBS_KEPT = 2
@@ -37,6 +39,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else pages on a dead machine go to stdout, where data goes
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning on what a later version will do
+    "RAY_NUM_REDIS_GET_RETRIES": "2",  # else it waits minutes for a head that is not there
     "RAY_worker_niceness": "0",  # else workers starve beside anything else
 }
 """How Ray is told to keep to itself."""
@@ -88,6 +91,9 @@ def _start(ray: Any, address: str, threads: int | None) -> None:
         if address == LOCAL:
             ray.init(address=LOCAL, include_dashboard=False, num_cpus=threads or os.cpu_count() or 1, **quiet)
         else:
+            host, _, port = address.rpartition(":")
+            if host and port.isdecimal():
+                socket.create_connection((host, int(port)), PATIENCE).close()
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
