@@ -213,7 +213,7 @@ class GGUFJob:
             "mixture": mixture,
             "split size": self.request.split_max_size,
             "statistics": digests(files),
-            "Hessians": file_facts(self.factors.folder.iterdir()) if self.factors else None,
+            "Hessians": file_facts(self.factors.folder.glob("*")) if self.factors else None,
             **text_facts(self._text if texts else None, self.threads),
         }
 
