@@ -6,8 +6,6 @@ Importing this module needs Triton, which comes with torch's CUDA builds.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +19,8 @@ WORK_BYTES = 1 << 30
 
 @triton.jit
 def _forward(
-    tiles: Any, values: Any, wraps: Any, costs: Any, ways: Any, begin: Any, length: Any, tied: tl.constexpr,
-    bits: tl.constexpr, block: tl.constexpr,
+    tiles: tl.tensor, values: tl.tensor, wraps: tl.tensor, costs: tl.tensor, ways: tl.tensor, begin: tl.tensor,
+    length: tl.tensor, tied: tl.constexpr, bits: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """The cheapest walks to every node: of one tile [256], values [65536] by state, wraps [tiles], costs [tiles, 2,
     nodes], ways [tiles, steps, nodes]; `tied` walks begin at the wrap's node, others anywhere."""
@@ -57,8 +55,8 @@ def _forward(
 
 @triton.jit
 def _back(
-    ways: Any, ends: Any, wraps: Any, steps: Any, begin: Any, length: Any, stop: Any, tied: tl.constexpr,
-    bits: tl.constexpr,
+    ways: tl.tensor, ends: tl.tensor, wraps: tl.tensor, steps: tl.tensor, begin: tl.tensor, length: tl.tensor,
+    stop: tl.tensor, tied: tl.constexpr, bits: tl.constexpr,
 ) -> None:  # fmt: skip
     """Walk back from the nodes `ends` [tiles], through `stop` steps: to the wrap's node, or all the way, keeping the
     bits that each step adds, steps [tiles, 256]."""
