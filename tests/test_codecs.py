@@ -93,6 +93,10 @@ def test_size_is_ggmls(name: str) -> None:
         codec(name).nbytes((3, 33))
 
 
+AS_GOOD = 1 + 1e-7
+"""Where both sides find the same scales (Q1_0 has but a mean to find), these are rounded as the processor's vectors sum."""
+
+
 @pytest.mark.parametrize("name", SEARCHED)
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "shifted"])
 def test_error_is_not_above_llama_cpps(name: str, kind: str) -> None:
@@ -100,11 +104,11 @@ def test_error_is_not_above_llama_cpps(name: str, kind: str) -> None:
     importance = np.random.default_rng(2).lognormal(size=x.shape[1]).astype(np.float32)
     ours = weighted_error(x, codec(name).decode(codec(name).encode(x, importance)), importance)
     theirs = weighted_error(x, ggml.to_float(name, ggml.quantize_chunk(name, x, importance)), importance)
-    assert ours <= theirs
+    assert ours <= theirs * AS_GOOD
     ones = np.ones(x.shape[1], np.float32)
     ours = weighted_error(x, codec(name).decode(codec(name).encode(x)), None)
     paths = [ggml.quantize_chunk(name, x), ggml.quantize_chunk(name, x, ones)]
-    assert ours <= min(weighted_error(x, ggml.to_float(name, data), None) for data in paths)
+    assert ours <= min(weighted_error(x, ggml.to_float(name, data), None) for data in paths) * AS_GOOD
 
 
 @pytest.mark.parametrize("name", BLOCKED)

@@ -31,6 +31,8 @@ from fewbits.tokenizer import gguf_tokenizer, tokenizer_from_gguf
 from fewbits.verify import verify
 
 SAMPLED = 8
+SMALL = 1 << 10
+"""Weights of a tensor that are read where the reader of headers is what is fuzzed."""
 HIDDEN, FF, VOCAB = 128, 128, 40
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FF,
@@ -165,6 +167,29 @@ def _read_gguf(folder: Path) -> None:
         modelfile(checkpoint, path)
 
 
+def _parse_gguf(folder: Path) -> None:
+    """The parser alone, some fifty times as often in the same time."""
+    checkpoint = GGUFCheckpoint(folder / "model.gguf")
+    if checkpoint.metadata.get("general.architecture") != "none":
+        shape_from_gguf(checkpoint.metadata)
+
+
+def _small_ggufs(folder: Path, _: bool) -> list[Case]:
+    """Headers of each kind of value, with little behind them."""
+    metadata = {
+        "general.architecture": "none", "a": [""], "b": np.arange(3), "c": True, "d": 1.5, "e": ["x", "yz"],
+        "split.count": np.uint16(1), "split.no": np.uint16(0),
+    }  # fmt: skip
+    rng, cases = np.random.default_rng(1), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for names in (("F32", "Q4_0"), ("Q2_K", "IQ2_XS", "BF16"), tuple(CODECS)[:0]):
+        entries = [TensorEntry(name, (256,), name, CODECS[name].nbytes((256,))) for name in names]
+        shards = lay_out(folder / f"small-{len(entries)}.gguf", metadata, entries, None)
+        write_shards(shards, iter([[rng.bytes(entry.nbytes)] for entry in entries]), overwrite=False)
+        cases.append(Case({"model.gguf": shards[0].path.read_bytes()}))
+    return cases
+
+
 def sampled(path: Path) -> bool:
     """Whether a file, by its bytes, is one of the few that the slow readers get, too."""
     return zlib.crc32(path.read_bytes()) % SAMPLED == 0
@@ -212,6 +237,27 @@ def _read_directory(folder: Path) -> None:
             checkpoint.read(name)
     if any(sampled(file) for file in folder.glob("*.safetensors")):
         verify(folder, quick=True, threads=1)
+
+
+def _small_safetensors(folder: Path, _: bool) -> list[Case]:
+    """Few and small tensors, in one file and in three."""
+    config = json.dumps(CONFIG).encode()
+    tensors = {name: np.zeros((2, 4), kind) for name, kind in (("a", np.float16), ("b", np.float32), ("c.d", np.int8))}
+    shards = {f"model-{name}.safetensors": save({name: tensor}) for name, tensor in tensors.items()}
+    places = {name: f"model-{name}.safetensors" for name in tensors}
+    index = json.dumps({"metadata": {"total_size": 56}, "weight_map": places}).encode()
+    return [
+        Case({"config.json": config, "model.safetensors": save(tensors, {"format": "pt"})}),
+        Case({"config.json": config, **shards, "model.safetensors.index.json": index}),
+    ]
+
+
+def _parse_safetensors(folder: Path) -> None:
+    """The reader alone."""
+    checkpoint = SafetensorsCheckpoint(folder)
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in ("F16", "BF16", "F32") and prod(info.shape) <= SMALL:
+            checkpoint.read(name)
 
 
 def _read_config(folder: Path) -> None:
@@ -336,8 +382,10 @@ TARGETS = {
     target.name: target
     for target in (
         Target("gguf", _ggufs, r".*\.gguf", _read_gguf),
+        Target("gguf-header", _small_ggufs, r".*\.gguf", _parse_gguf),
         Target("gguf-tokenizer", lambda folder, _: _ggufs(folder)[:1], r".*\.gguf", _read_gguf_tokenizer),
         Target("safetensors", _directories, r".*\.safetensors|.*index\.json|config\.json", _read_directory),
+        Target("safetensors-header", _small_safetensors, r".*\.safetensors|.*index\.json", _parse_safetensors),
         Target("config", _configs, r"config\.json|.*index\.json", _read_config),
         Target("layout", _layout_configs, r"config\.json", _read_layout_config),
         Target("imatrix", _imatrices, r"imatrix\..*", _read_imatrix),
