@@ -5,7 +5,9 @@ have continuous parts are then tuned on the block's output (`tuning`).
 All windows go through a block side by side: each stops in front of a set of linears until their common input is known
 from all windows and the set is quantized, then goes on with the quantized weights. So every linear is computed once.
 In memory: one block, the Hessian of one input, and the windows' activations at one place of the block. Where these take
-too much, only some windows wait there; the others begin the block anew for each set, with the same results.
+too much, only some windows wait there; the others begin the block anew for each set, with the same results. Experts
+have a Hessian each: where all of a set take too much, some are summed and their experts quantized at a time, and the
+windows stop there once for each such round.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Progress, Stream, StreamedModel, torch_threads
 from fewbits.layouts import Layout
+from fewbits.limits import HESSIANS
 from fewbits.methods import Known, factorize
 from fewbits.methods import method as method_named
 from fewbits.methods.base import DAMPING, Effort
@@ -70,6 +73,7 @@ class BlockwiseRun:
         parked: how many batches of windows may wait within a block; None: all.
         workers: who quantizes the matrices of one input side by side, where these are as many as the pool has threads;
             fewer are done faster here, each by all threads.
+        hessians: most bytes of experts' Hessians that are summed at once.
         tuned: of each block that tuning has changed, the held-out windows' error before and after.
     """
 
@@ -87,6 +91,7 @@ class BlockwiseRun:
     norms: torch.dtype | None = None
     parked: int | None = None
     workers: Workers | None = None
+    hessians: int = HESSIANS
     without_data: list[str] = field(default_factory=list)
     tuned: list[tuple[float, float]] = field(default_factory=list)
     _waiting: dict[str, Arrays] | None = None
@@ -121,12 +126,13 @@ class BlockwiseRun:
                 self.rescaling(block, index, partial(self._watch, index, block))
         stages = self._stages(index, block)
         tuning = self._tuning(index, block)
-        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out)
+        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out, self.hessians)
         # the first weight of each set listens for all of them
         self._attach(recorder, index, block, {names[0]: names for names in stages})
         waiting: dict[int, greenlet] = {}
         while names := self._pass(index, block, waiting):
-            self._quantize(recorder.take(names), views)
+            self._quantize(recorder.recorded(names), views)
+            recorder.go_on(names)
         recorder.detach()
         if tuning:
             self._tune(tuning, views)
@@ -220,11 +226,10 @@ class BlockwiseRun:
         recorder.attach(block, self.streamed.block_path(index), self.streamed, names)
 
     def _quantize(self, inputs: Inputs, views: Mapping[str, torch.Tensor]) -> None:
-        """Quantize the weights that share an input, in the block, too."""
-        experts = range(len(inputs.counts))
-        count = sum(len(inputs.of_expert(expert)) for expert in experts)
+        """Quantize the weights that share an input, in the block, too; of experts those of this round."""
+        count = len(inputs.names) * len(inputs.counts)
         workers = self.workers if self.workers and self.device == "cpu" and count >= self.pool._max_workers else None
-        tasks = (task for expert in experts for task in self._tasks(inputs, expert, views, workers))
+        tasks = (task for expert in inputs.at_once for task in self._tasks(inputs, expert, views, workers))
         for name, arrays in in_order(tasks, workers.ahead if workers else 1):
             self._keep(name, arrays)
             views[name].copy_(torch.from_numpy(self._decoded(name, arrays, views[name])))

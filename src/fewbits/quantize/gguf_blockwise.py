@@ -201,6 +201,7 @@ class GGUFBlockwise:
                 norms=torch.float32 if rescaling else None,
                 parked=limits.parked,
                 workers=self.workers,
+                hessians=limits.hessians,
             )
             run.run(first, done, self.progress)
             for source, place in linears.items():
