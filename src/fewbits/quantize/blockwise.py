@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -50,7 +51,18 @@ def rough_products(device: str) -> bool:
 
 def _products(device: str, rough: bool) -> torch.autocast:
     # without its cache, which would go on with the weights as they were before they were quantized
-    return torch.autocast(device, torch.bfloat16, enabled=rough, cache_enabled=False)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=rough, cache_enabled=False)
+
+
+@contextmanager
+def _enough_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise FewbitsError(
+            f"The memory of {device} does not hold a decoder block and what is computed with it.",
+            "Pass --device cpu, or take fewer --calibration-chunks.",
+        ) from None
 
 
 def _wait(names: tuple[str, ...]) -> None:
@@ -109,7 +121,7 @@ class BlockwiseRun:
         count = len(self.streamed.layers)
         # a block of these takes minutes: told by the weight
         self._work = _Work.of(self, first, progress) if progress and "whole" in hessians_of(self.methods) else None
-        with torch.no_grad(), _products(self.device, self.rough):
+        with torch.no_grad(), _products(self.device, self.rough), _enough_memory(self.device):
             for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
                 self._block(index, block)
@@ -122,7 +134,7 @@ class BlockwiseRun:
         """Quantize a block and take the windows through it."""
         views = self.streamed.weights_of(index, block)
         if self.rescaling:
-            with torch.autocast(self.device, enabled=False):
+            with _products(self.device, False):
                 self.rescaling(block, index, partial(self._watch, index, block))
         stages = self._stages(index, block)
         tuning = self._tuning(index, block)
@@ -241,8 +253,8 @@ class BlockwiseRun:
         names = inputs.of_expert(expert)
         # engines fuse what has the same input
         amax = max(float(views[name].abs().max()) for name in names)
-        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
-        known = replace(known, amax=amax, device=self.device, effort=self.effort)
+        known = self._known(inputs, expert)
+        known = replace(known, amax=amax)
         job = workers.job(StagePacker(known, self.rough)) if workers else None
         for name in names:
             weights = np.ascontiguousarray(views[name].cpu().numpy())
@@ -252,6 +264,11 @@ class BlockwiseRun:
                 yield name, partial(job.submit, name, name, weights, self.layouts[name], self.planned[name])
             else:
                 yield name, partial(Deferred, partial(self._make, name, weights, known))
+
+    def _known(self, inputs: Inputs, expert: int) -> Known:
+        """What is known of one input, which is forgotten."""
+        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True, device=self.device)
+        return replace(known, device=self.device, effort=self.effort)
 
     def _make(self, name: str, weights: Floats, known: Known) -> Arrays:
         """Quantize one weight."""
@@ -273,12 +290,10 @@ class BlockwiseRun:
         """Quantize the head, the windows having passed all blocks; they are normed in place."""
         self.streamed.norm(self.stream)
         options = (self.wants_hessians, ENERGY_CAP, self.rough, self.holds_out)
-        inputs = Inputs.empty((name,), 1, self.stream.hidden, *options)
+        inputs = Inputs.empty((name,), 1, self.stream.hidden[:1].to(self.device), *options)
         for batch in self.stream.batches:
-            inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        known = known_of(inputs, 0, self.methods, self.streamed.spill, last=True)
-        known = replace(known, device=self.device, effort=self.effort)
-        self._keep(name, self._make(name, weights, known))
+            inputs.add(self.stream.hidden[batch].flatten(0, 1).to(self.device))
+        self._keep(name, self._make(name, weights, self._known(inputs, 0)))
 
 
 @dataclass(frozen=True)
@@ -338,7 +353,12 @@ def hessians_of(methods: Collection[str]) -> set[str]:
 
 
 def known_of(
-    inputs: Inputs, expert: int, methods: Collection[str], spill: Spill | None = None, last: bool = False
+    inputs: Inputs,
+    expert: int,
+    methods: Collection[str],
+    spill: Spill | None = None,
+    last: bool = False,
+    device: str = "cpu",
 ) -> Known:
     """What the windows say of one input, in the forms that these methods use.
 
@@ -347,6 +367,7 @@ def known_of(
     Args:
         spill: where large matrices go.
         last: whether this is asked once, so that `inputs` need not keep the expert's Hessian.
+        device: where Hessians are factored.
     """
     spill = spill or Spill()
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
@@ -363,7 +384,7 @@ def known_of(
         # before the mean is taken: this needs most memory
         seen = ((hessian - held) / (count - held_count)).cpu().numpy()
         held = held.div_(held_count) if last else held / held_count
-        damping = choose_damping(seen, held.cpu().numpy(), spill)
+        damping = choose_damping(seen, held.cpu().numpy(), spill, device)
         del seen
     del held
     mean = _mean(hessian, count, spill)
@@ -377,7 +398,7 @@ def known_of(
         inputs.hessians[expert] = None
     if "factor" not in hessians_of(methods):
         return known
-    return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill))
+    return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill, device=device))
 
 
 def _mean(hessian: torch.Tensor, count: int, spill: Spill) -> Floats:
