@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fewbits
+from fewbits.errors import FewbitsError
 from tiny_models import save_tiny
 from triton_interpreter import interpreted
 
@@ -76,3 +78,14 @@ def test_a_run_elsewhere_is_the_run_here_but_for_rounding(
     assert np.mean(list(told["same"].values())) > 0.99, told["same"]
     for name, here in told["cpu"].items():
         assert told["cuda"][name] == pytest.approx(here, rel=0.01)
+
+
+def test_a_device_without_effect_or_that_is_not_there_is_refused(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    model = save_tiny(tmp_path / "model", "llama", {"num_hidden_layers": 1})
+    for options, told in (
+        ({"device": "cuda"}, "no effect"),
+        ({"device": "tpu", "calibration": texts[0]}, "no device 'tpu'"),
+    ):
+        with pytest.raises(FewbitsError, match=told):
+            fewbits.quantize(model, "Q4_0", tmp_path / "out.gguf", **options)
+    assert not list(tmp_path.glob("out*"))
