@@ -153,9 +153,7 @@ if text:
 
 def job():
     if target == "calibrate":
-        from fewbits.calibration.collect import BlockRecorder
-from fewbits.calibration.memory_need import Block, TextRun
-from fewbits.calibration.run import calibrate
+        from fewbits.calibration.run import calibrate
         return calibrate(model, text, output, context=64, chunks=16, hessians=output + ".hessians", max_memory=most)
     options = {"calibration": text, "calibration_chunks": 3} if text else {}
     return api.quantize(model, target, output, threads=2, max_memory=most, **options)
