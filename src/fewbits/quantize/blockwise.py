@@ -60,7 +60,7 @@ def _enough_memory(device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise FewbitsError(
-            f"The memory of {device} does not hold a decoder block and what is computed with it.",
+            f"The memory of {device} does not hold a decoder block, or the head, and what is computed with it.",
             "Pass --device cpu, or take fewer --calibration-chunks.",
         ) from None
 
@@ -291,9 +291,10 @@ class BlockwiseRun:
         self.streamed.norm(self.stream)
         options = (self.wants_hessians, ENERGY_CAP, self.rough, self.holds_out)
         inputs = Inputs.empty((name,), 1, self.stream.hidden[:1].to(self.device), *options)
-        for batch in self.stream.batches:
-            inputs.add(self.stream.hidden[batch].flatten(0, 1).to(self.device))
-        self._keep(name, self._make(name, weights, self._known(inputs, 0)))
+        with _enough_memory(self.device):
+            for batch in self.stream.batches:
+                inputs.add(self.stream.hidden[batch].flatten(0, 1).to(self.device))
+            self._keep(name, self._make(name, weights, self._known(inputs, 0)))
 
 
 @dataclass(frozen=True)
