@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from fewbits import api
+from fewbits.calibration.collect import BlockRecorder
+from fewbits.calibration.memory_need import Block, TextRun
 from fewbits.calibration.run import calibrate
 from fewbits.errors import FewbitsError
 from fewbits.forward import streamed
-from fewbits.limits import Limits
+from fewbits.limits import HESSIANS, Limits, largest
 from fewbits.methods import factorize, inverse_cholesky
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
@@ -72,6 +74,46 @@ def test_results_do_not_depend_on_the_bound(
     usual, bounded = ([f.read_bytes() for f in files(path)] for path in made)
     assert usual == bounded
     assert not list(tmp_path.glob(".fewbits-*"))
+
+
+@pytest.mark.parametrize("target", ["ct:w4a16g32", "awq:w4g32"])
+@pytest.mark.parametrize("parked", [None, 1])
+def test_experts_in_rounds_are_the_same(
+    target: str, parked: int | None, tmp_path: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hessians of three experts of six at a time, of one where inputs are longer."""
+    model = save_tiny(tmp_path / "model", "qwen3-moe", LONG | {"num_experts": 6, "moe_intermediate_size": 96})
+    options = {"calibration": texts[0], "calibration_chunks": 5, "threads": 2}
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 512)
+    api.quantize(model, target, tmp_path / "usual", **options)
+    rounds: dict[tuple[str, ...], list[range]] = {}
+    go_on = BlockRecorder.go_on
+
+    def count(recorder: BlockRecorder, names: tuple[str, ...]) -> None:
+        inputs = recorder.recorded(names)
+        rounds.setdefault(names, []).append(inputs.at_once)
+        summed = [expert for expert, hessian in enumerate(inputs.hessians) if hessian is not None]
+        assert set(summed) <= set(inputs.at_once)
+        go_on(recorder, names)
+
+    monkeypatch.setattr(BlockRecorder, "go_on", count)
+    tight = Limits(2, parked=parked, hessians=3 * 4 * 64 * 64 + 100)
+    monkeypatch.setattr(DirectoryJob, "limits", lambda *_: tight)
+    api.quantize(model, target, tmp_path / "bounded", **options)
+    assert [f.read_bytes() for f in files(tmp_path / "usual")] == [f.read_bytes() for f in files(tmp_path / "bounded")]
+    told = {name.split(".")[-2]: at for names, at in rounds.items() for name in names if "experts" in name}
+    assert told["gate_proj"] == told["up_proj"] == [range(0, 3), range(3, 6)]
+    assert told["down_proj"] == [range(at, at + 1) for at in range(6)]
+
+
+def test_what_experts_need_is_what_a_round_takes() -> None:
+    # as in Qwen3-235B-A22B: 128 experts, all of whose Hessians take 8.6 GB
+    block = Block("model.layers.0", 2_500_000_000, 805_306_368, {4096: 128, 1536: 128}, "gate", (151936, 4096), 0)
+    run = TextRun(block, 128, 512, {"factor"}, of_weight=11, waits=True)
+    every, usual = (largest(run.needs(Limits(hessians=most))).total for most in (1 << 50, HESSIANS))
+    assert every - usual == 4 * 4096**2 * (128 - 64)
+    one = run.limits(usual - 4 * 4096**2 * 60, None, 1)
+    assert one.parked is None and one.hessians < HESSIANS
 
 
 def files(made: Path) -> list[Path]:

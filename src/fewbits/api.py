@@ -213,7 +213,7 @@ def quantize(
 
     Args:
         output: a path, or the URL of a store, to which the result is uploaded once it is whole.
-        device: where the calibration of a directory runs.
+        device: where calibration texts run through the model: `cpu`, `cuda` or `auto`; see docs/gpu.md.
         measure_text: measures the loss of a directory on this text in the end and writes it into its model card.
         measure_chunks: most windows of it.
         budget: see `plan`.
@@ -233,7 +233,7 @@ def quantize(
     if directory:
         _refuse_gguf_options(target, mixture, pre_tokenizer, hessians)
     else:
-        _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text, device)
+        _refuse_directory_options(target, method, keep, head_bits, measurement, measure_text)
     _refuse_without_effect(calibration, calibration_chunks, measure_text, measure_chunks)
     texts = _paths(calibration)
     with local_output(output, overwrite) as place, workers_at(cluster, threads) as workers:
@@ -244,7 +244,7 @@ def quantize(
             )
             made = GGUFJob.of(
                 *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
-                *(effort, workers),
+                *(effort, workers, device),
             )
             report = replace(made, max_memory=max_memory).execute(overwrite)
             if verify:
@@ -324,10 +324,8 @@ def _refuse_directory_options(
     head_bits: int | None = None,
     measurement: str | Path | None = None,
     measure_text: str | Path | None = None,
-    device: str = "cpu",
 ) -> None:
-    elsewhere = device if device != "cpu" else ""
-    unused: dict[str, object] = {"--method": method, "--keep": keep, "--measure": measure_text, "--device": elsewhere}
+    unused: dict[str, object] = {"--method": method, "--keep": keep, "--measure": measure_text}
     unused |= {"--head-bits": head_bits, "--measurement": measurement}
     for what, given in unused.items():
         if given:

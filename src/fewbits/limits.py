@@ -9,6 +9,8 @@ from pathlib import Path
 from fewbits.errors import FewbitsError
 from fewbits.spill import Spill
 
+HESSIANS = 4 << 30
+"""Most bytes of the Hessians of one set of experts that are summed at once, where nothing is said."""
 TOLD = 1 << 20
 """Parts of a need that are smaller than this are not spelled out."""
 
@@ -22,12 +24,14 @@ class Limits:
         spill: where large arrays live.
         parked: batches of windows that wait within a decoder block; None: all.
         at_once: bytes for matrices that are worked on at once, where none depends on another; None: as usual.
+        hessians: bytes for the Hessians of experts that are summed at once, or one Hessian.
     """
 
     threads: int | None = None
     spill: Spill = field(default_factory=Spill)
     parked: int | None = None
     at_once: int | None = None
+    hessians: int = HESSIANS
 
 
 @dataclass(frozen=True)

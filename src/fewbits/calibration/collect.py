@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ class Inputs:
         holds_out: whether a part of the batches is also counted apart.
         held: their part of the Hessians, None where there is none, ...
         held_counts: ... and their tokens.
+        at_once: the experts whose Hessians are being summed.
     """
 
     names: list[str]
@@ -58,6 +59,7 @@ class Inputs:
     holds_out: bool = False
     held: list[torch.Tensor | None] = field(default_factory=list)
     held_counts: list[int] = field(default_factory=list)
+    at_once: range = range(0)
     _batches: list[int] = field(default_factory=list)
 
     @staticmethod
@@ -83,20 +85,37 @@ class Inputs:
             holds_out=holds_out and experts == 1 and like.shape[-1] <= HELD_COLUMNS,
             held=[None] * experts,
             held_counts=[0] * experts,
+            at_once=range(experts),
             _batches=[0] * experts,
         )
 
+    def in_rounds(self, most: int | None) -> Inputs:
+        """The same, beginning with as many experts as have Hessians of so many bytes, or with one; None: with all."""
+        if most is not None and self.wants_hessians:
+            self.at_once = range(min(len(self.counts), max(1, most // (4 * self.sums.shape[1] ** 2))))
+        return self
+
+    def next_round(self) -> bool:
+        """Drop the Hessians of the experts at hand and go on to the next ones, if there are any."""
+        for expert in self.at_once:
+            self.hessians[expert] = self.held[expert] = None
+        stop = self.at_once.stop
+        self.at_once = range(stop, min(len(self.counts), stop + len(self.at_once)))
+        return len(self.at_once) > 0
+
+    def wants(self, expert: int) -> bool:
+        """Whether there is anything to learn of an expert in this round: in the first one of all of them."""
+        return not self.at_once.start or expert in self.at_once
+
     def add(self, x: torch.Tensor, expert: int = 0) -> None:
         """Count inputs [tokens, columns]."""
-        self.counts[expert] += len(x)
+        if not self.at_once.start:
+            self.counts[expert] += len(x)
         if not len(x):
             return
-        low, high = torch.aminmax(x)
-        self.peaks[expert] = max(self.peaks[expert], -float(low), float(high))
-        if not (self.rough and self.wants_hessians):  # else the Hessian's diagonal says it
-            for rows in x.float().split(ROWS):
-                self.sums[expert] += rows.square().sum(0)
-        if self.wants_hessians:
+        if not self.at_once.start:
+            self._add_squares(x, expert)
+        if self.wants_hessians and expert in self.at_once:
             if self.energy_cap is not None:
                 norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
                 limit = (self.energy_cap**0.5 * norms.median()).clamp(min=1e-30)
@@ -107,6 +126,13 @@ class Inputs:
                 if self._batches[expert] % HELD_OUT == 0:
                     self._add_product(self.held, x, expert)
                     self.held_counts[expert] += len(x)
+
+    def _add_squares(self, x: torch.Tensor, expert: int) -> None:
+        low, high = torch.aminmax(x)
+        self.peaks[expert] = max(self.peaks[expert], -float(low), float(high))
+        if not (self.rough and self.wants_hessians):  # else the Hessian's diagonal says it
+            for rows in x.float().split(ROWS):
+                self.sums[expert] += rows.square().sum(0)
 
     def _add_product(self, hessians: list[torch.Tensor | None], x: torch.Tensor, expert: int) -> None:
         hessian = hessians[expert]
@@ -187,6 +213,8 @@ class BlockRecorder:
         rough: sum Hessians in bfloat16 products, which is twice as fast where the processor has them.
         pause: called with the names of the weights whose input has just been recorded, before it is used.
         holds_out: see `Inputs`.
+        most: bytes of the Hessians of experts that are summed at once, where there is a `pause`: windows wait there
+            once for each round of experts. None: no limit.
     """
 
     hessians: bool = False
@@ -194,6 +222,7 @@ class BlockRecorder:
     rough: bool = False
     pause: Callable[[tuple[str, ...]], None] | None = None
     holds_out: bool = False
+    most: int | None = None
     _records: dict[tuple[str, ...], Inputs] = field(default_factory=dict)
     _sharing: set[tuple[str, ...]] = field(default_factory=set)
     _taken: set[tuple[str, ...]] = field(default_factory=set)
@@ -228,10 +257,15 @@ class BlockRecorder:
         while self._undo:
             self._undo.pop()()
 
-    def take(self, names: tuple[str, ...]) -> Inputs:
-        """What was recorded for these weights, which are listened to no more."""
-        self._taken.add(names)
-        return self._records.pop(names)
+    def recorded(self, names: tuple[str, ...]) -> Inputs:
+        """What was recorded for these weights: of experts, in this round."""
+        return self._records[names]
+
+    def go_on(self, names: tuple[str, ...]) -> None:
+        """Listen to the next experts of these weights, or, after the last ones, to these weights no more."""
+        if not self._records[names].next_round():
+            self._taken.add(names)
+            del self._records[names]
 
     def inputs(self) -> list[Inputs]:
         """What was recorded, one for each distinct input."""
@@ -259,7 +293,24 @@ class BlockRecorder:
         return listen
 
     def _empty(self, names: tuple[str, ...], experts: int, like: torch.Tensor) -> Inputs:
-        return Inputs.empty(names, experts, like, self.hessians, self.energy_cap, self.rough, self.holds_out)
+        made = Inputs.empty(names, experts, like, self.hessians, self.energy_cap, self.rough, self.holds_out)
+        return made.in_rounds(self.most if self.pause else None)
+
+    def _listen(self, names: tuple[str, ...], reached: Sequence[int], given: Callable[[int], torch.Tensor]) -> None:
+        """Record what experts get, round by round.
+
+        Args:
+            reached: the experts.
+            given: what the n-th of these gets, [tokens, columns].
+        """
+        while names and names not in self._taken:
+            record = self._records[names]
+            for number, expert in enumerate(reached):
+                if record.wants(expert):
+                    record.add(given(number), expert)
+            if not self.pause:
+                return
+            self.pause(names)
 
     def _attach_experts(self, module: Any, gate_up: tuple[str, ...], down: tuple[str, ...]) -> None:
         """Let a module with all experts in one tensor compute them one by one, recording what each gets."""
@@ -282,22 +333,18 @@ class BlockRecorder:
             out = torch.zeros_like(hidden)
             by_expert = chosen.reshape(-1).argsort(stable=True)
             seen = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
-            reached = [(expert, places) for expert, places in enumerate(by_expert.split(seen)) if len(places)]
-            for expert, places in reached if first else ():
-                self._records[first].add(hidden[places // chosen.shape[-1]], expert)
-            if first and self.pause:
-                self.pause(first)
+            reached = [expert for expert, count in enumerate(seen) if count]
+            places = [part for part in by_expert.split(seen) if len(part)]
+            tokens = [part // chosen.shape[-1] for part in places]
+            self._listen(first, reached, lambda number: hidden[tokens[number]])
             gated = []
-            for expert, places in reached:
-                x = nn.functional.linear(hidden[places // chosen.shape[-1]], module.gate_up_proj[expert])
+            for expert, rows in zip(reached, tokens, strict=True):
+                x = nn.functional.linear(hidden[rows], module.gate_up_proj[expert])
                 gated.append(module._apply_gate(x))
-                if then:
-                    self._records[then].add(gated[-1], expert)
-            if then and self.pause:
-                self.pause(then)
-            for (expert, places), x in zip(reached, gated, strict=True):
+            self._listen(then, reached, gated.__getitem__)
+            for expert, part, rows, x in zip(reached, places, tokens, gated, strict=True):
                 x = nn.functional.linear(x, module.down_proj[expert])
-                out.index_add_(0, places // chosen.shape[-1], (x * weights.reshape(-1)[places, None]).to(out.dtype))
+                out.index_add_(0, rows, (x * weights.reshape(-1)[part, None]).to(out.dtype))
             return out
 
         module.forward = forward

@@ -13,7 +13,7 @@ from fewbits import arch
 from fewbits.calibration.collect import HELD_COLUMNS
 from fewbits.checkpoint import Model
 from fewbits.forward.streamed import BATCH_TOKENS
-from fewbits.limits import Limits, Need, largest, resident
+from fewbits.limits import HESSIANS, Limits, Need, largest, resident
 from fewbits.methods.inverse_cholesky import PANEL
 from fewbits.spill import Spill
 
@@ -21,6 +21,8 @@ LIBRARIES = 450 << 20
 """What a process that has loaded torch still loads: the model's classes, kernels, and buffers of matrix products."""
 SPILLED = 1 << 26
 """Where memory is short, arrays of more bytes are put into files."""
+ROUNDS = (HESSIANS, HESSIANS >> 2, HESSIANS >> 4, 0)
+"""Bytes of experts' Hessians at once: what is tried. The last is one Hessian."""
 LESS_TEXT = "Allow more memory, or take fewer --calibration-chunks"
 
 
@@ -154,31 +156,39 @@ class TextRun:
             yield Need(block.name, base | quantizing, self.way_out)
         if self.hessians:
             for columns, experts in block.inputs.items():
+                if self.waits:  # in rounds of experts
+                    experts = min(experts, max(1, limits.hessians // (4 * columns * columns)))
                 yield from self._hessian(columns, experts, base, running, spilled)
 
     def _hessian(
         self, columns: int, experts: int, base: dict[str, int], running: dict[str, int], spilled: int
     ) -> Iterator[Need]:
-        """Of one input, while it is summed, factored and used."""
+        """Of one input, while it is summed, factored and used.
+
+        Args:
+            experts: whose Hessians are summed at once.
+        """
         what = f"{self.block.widest if columns == self.block.columns else self.block.name} with {columns} columns"
         square, panel = columns * columns, 8 * min(PANEL, columns) * columns
         feeds_back = "factor" in self.hessians
-        held = feeds_back and experts == 1 and columns <= HELD_COLUMNS
+        # experts have no part of the text held out; what else has as many columns may
+        held = feeds_back and columns <= HELD_COLUMNS
         every = 2 * sum(4 * each * each * count for each, count in self.block.inputs.items())
         # and the product of one batch
-        summed = every if self.all_inputs else 4 * square * experts * (2 if held else 1)
+        summed = every if self.all_inputs else 4 * square * max(experts, 2 if held else 1)
         yield Need(what, base | running | {"its Hessian, being summed": summed + square}, self.way_out)
         if not self.waits:
             # of all windows, and of a group of them; then the mean, and once more for the file
             yield Need(what, base | running | {"Hessians": 2 * summed}, self.way_out)
             yield Need(what, base | {"Hessians": summed, "their means": 8 * square * experts}, self.way_out)
             return
-        others = 4 * square * (experts - 1) + (every if self.all_inputs else 0)
+        rest = every if self.all_inputs else 0
+        others = rest + 4 * square * (experts - 1)
         mean = panel // 4 if 4 * square > spilled else 4 * square
         wide = 3 * panel if 8 * square > spilled else 8 * square + 3 * panel
         if feeds_back:
-            made = max(mean + wide + 4 * square, 12 * square + wide + 4 * square if held else 0)
-            yield Need(what, base | {"its Hessian and the factor": others + made}, self.way_out)
+            made = max(others + mean + wide + 4 * square, rest + 16 * square + wide if held else 0)
+            yield Need(what, base | {"its Hessian and the factor": made}, self.way_out)
         matrix = self.of_weight * self.block.matrix + self.of_square * square
         used = {"its Hessian and the factor": others + mean + (4 * square if feeds_back else 0)}
         yield Need(what, base | used | {"quantizing a matrix": round(matrix)}, self.way_out)
@@ -208,7 +218,9 @@ class TextRun:
         tight = replace(usual, spill=Spill(SPILLED, folder), threads=1)
         for start in (usual, tight):
             for parked in (None, self.batches // 2, self.batches // 4, 1, 0) if self.waits else (None,):
-                tried = replace(start, parked=parked)
-                if largest(self.needs(tried)).total <= most:
-                    return tried
-        raise largest(self.needs(replace(tight, parked=0))).refusal(most)
+                # more rounds cost nothing to windows that wait
+                for hessians in ROUNDS if self.waits else (HESSIANS,):
+                    tried = replace(start, parked=parked, hessians=hessians)
+                    if largest(self.needs(tried)).total <= most:
+                        return tried
+        raise largest(self.needs(replace(tight, parked=0, hessians=0))).refusal(most)

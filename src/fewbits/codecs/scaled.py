@@ -302,13 +302,16 @@ class Scaled(StorageType):
             round_levels(weights, by, divide, rungs.steps, rungs.codes, grid, codes)
         return codes
 
-    def search(self, weights: Floats, importance: Floats | None = None, amax: float | None = None) -> Quantized:
+    def search(
+        self, weights: Floats, importance: Floats | None = None, amax: float | None = None, device: str = "cpu"
+    ) -> Quantized:
         """Scales, and zero points, of the least weighted squared error; never worse than `settle`'s.
 
         Args:
             weights: float32 [rows, columns], finite.
             importance: float32 [columns], non-negative, or None for ones.
             amax: as for `settle`.
+            device: of torch, where scales are searched that can be on a GPU; see `search_scales`.
 
         Raises:
             FewbitsError: the group does not divide the rows.
@@ -327,7 +330,7 @@ class Scaled(StorageType):
             return start
         if self.scale == "NESTED":
             return self._search_nested(weights, importance, start)
-        found, zeros = search_scales(self, weights, importance, start.scales, start.zeros, start.global_scale)
+        found, zeros = search_scales(self, weights, importance, start.scales, start.zeros, start.global_scale, device)
         codes = self.round(weights, found, zeros, start.global_scale)
         return Quantized(self, codes, found, zeros, start.global_scale)
 

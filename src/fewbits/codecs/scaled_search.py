@@ -88,15 +88,31 @@ def level_tuple(kind: Scaled) -> LevelTuple:
 
 
 def search_scales(
-    kind: Scaled, weights: Floats, importance: Floats | None, scales: Floats, zeros: Floats | None, global_scale: float
+    kind: Scaled,
+    weights: Floats,
+    importance: Floats | None,
+    scales: Floats,
+    zeros: Floats | None,
+    global_scale: float,
+    device: str = "cpu",
 ) -> tuple[Floats, Floats | None]:
-    """The best scales, and integer zero points, of groups along rows, [grid]; those given are where to begin."""
+    """The best scales, and integer zero points, of groups along rows, [grid]; those given are where to begin.
+
+    Args:
+        device: of torch; on a GPU integers are searched by Triton, with sums of another order: where two scales are
+            equally good but for rounding, it may take the other one.
+    """
     elements = kind.block[1] or weights.shape[1]
     flat, usable = np.ascontiguousarray(weights).reshape(-1), usable_importance(importance, weights.shape[1])
     factor = np.float32(global_scale)
     # what engines multiply by: stored scales over the global one
     found = (scales / factor).reshape(-1)
     how = (KINDS[kind.scale], factor, found)
+    if device != "cpu" and kind.levels == "INT" and global_scale == 1:
+        from fewbits.codecs import scaled_torch  # imports torch
+
+        if scaled_torch.searches(kind, elements):
+            return scaled_torch.search_scales(kind, flat, usable, scales, zeros, device)
     if zeros is not None:
         points, most = zeros.reshape(-1).copy(), np.float32((1 << kind.bits) - 1)
         groups.search_pairs(flat, usable, elements, most, pair_candidates(kind.bits), *how, points)

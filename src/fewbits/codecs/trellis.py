@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -77,14 +77,6 @@ def walker(bits: int, name: str) -> Walker:
         _, ranks = np.unique(bins, return_inverse=True)
         values = (np.bincount(ranks, table) / np.bincount(ranks)).astype(np.float32)
     return Walker(ranks, values, bits)
-
-
-@cache
-def _values_on(name: str, device: str) -> Any:
-    """The codebook as a tensor on a GPU."""
-    import torch
-
-    return torch.from_numpy(codebook(name)).to(device)
 
 
 @cache
@@ -163,17 +155,25 @@ class Trellis(StorageType):
             raise FewbitsError(f"Unknown trellis {name!r}.", "Known: EXL3_1 to EXL3_8, with _MCG or _3INST behind it.")
         return cls(int(found[1]), (found[2] or "mul1").lower())
 
+    def check_made(self) -> None:
+        """Refuse what is only read.
+
+        Raises:
+            FewbitsError: steps of two kinds.
+        """
+        if self.half:
+            raise FewbitsError(f"{self.name}: half bits are read and not made.", "Take whole bits.")
+
     def workspace(self) -> Workspace:
         """Memory for `search`, which one thread at a time can use again and again."""
         return walker(self.bits, self.codebook).workspace()
 
-    def search(self, tiles: Floats, work: Workspace | None = None, device: str = "cpu") -> States:
+    def search(self, tiles: Floats, work: Workspace | None = None) -> States:
         """The closest walks through the trellis.
 
         Args:
             tiles: float32 [tiles, 256], in the order of the steps.
             work: of `workspace`.
-            device: of torch; on a GPU the search is Triton's.
 
         Returns:
             uint16 [tiles, 256]: the state of each step.
@@ -181,16 +181,8 @@ class Trellis(StorageType):
         Raises:
             FewbitsError: steps of two kinds.
         """
-        if self.half:
-            raise FewbitsError(f"{self.name}: half bits are read and not made.", "Take whole bits.")
-        if device == "cpu":
-            return self.states(walker(self.bits, self.codebook).walk(tiles, work))
-        import torch  # takes a second
-
-        from fewbits.kernels import viterbi_triton  # needs Triton, which comes with torch for GPUs
-
-        found = viterbi_triton.walk(torch.from_numpy(tiles).to(device), _values_on(self.codebook, device), self.bits)
-        return self.states(found.cpu().numpy().astype(np.uint16))
+        self.check_made()
+        return self.states(walker(self.bits, self.codebook).walk(tiles, work))
 
     def states(self, steps: States) -> States:
         """The state after each step [tiles, 256], from the bits that the steps add."""

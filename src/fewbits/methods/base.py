@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,13 @@ from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 
+if TYPE_CHECKING:
+    import torch
+
 ROWS = 256
 """Rows that a thread takes at once: always so many, since the last bits of matrix products depend on their shapes."""
+ROWS_THERE = 1024
+"""The same where a GPU does most of it: a few hundred rows would leave it idle."""
 DAMPING = 0.01
 """Added to a Hessian's diagonal, times its mean: what 16 thousand tokens say of directions is not the whole truth."""
 Effort = Literal["fast", "default", "thorough"]
@@ -31,11 +38,20 @@ class Factor:
         order: int64 [columns]: in which columns are rounded, the most important first.
         upper: float32 [columns, columns]: the upper Cholesky factor of the damped inverse, in that order.
         hessian: float32 [columns, columns], damped, in that order; for types whose groups of columns stay together.
+        device: where codes that stand for single weights are fed back; others are on the processor.
     """
 
     order: npt.NDArray[np.int64]
     upper: npt.NDArray[np.float32]
     hessian: npt.NDArray[np.float32] | None = None
+    device: str = "cpu"
+
+    @cached_property
+    def upper_there(self) -> torch.Tensor:
+        """`upper` on the device."""
+        import torch  # takes a second
+
+        return torch.from_numpy(self.upper).to(self.device)
 
     def expected(self, importance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The weight of each column's squared error for a search of scales that error feedback follows.
@@ -63,7 +79,7 @@ class Known:
         peak: largest absolute input.
         amax: largest magnitude of all matrices that share a global scale with this one, for types that have one.
         damping: what does best on text held out, as a share of the mean of the Hessian's diagonal.
-        device: where searches run that can run on a GPU.
+        device: where searches and factorizations run that can run on a GPU.
         effort: how much time to take, for methods that gain by it.
     """
 
@@ -147,13 +163,19 @@ class Method(ABC):
             return cls.fit(weights, kind, known)
         if isinstance(kind, Blocks):
 
-            def part(start: int) -> npt.NDArray[np.uint8]:
-                return cls.quantize(weights[start : start + ROWS], kind.codec, known.importance, known.factor)
+            def part(rows: slice) -> npt.NDArray[np.uint8]:
+                return cls.quantize(weights[rows], kind.codec, known.importance, known.factor)
 
-            return BlocksCoded(
-                kind, np.concatenate(list((pool.map if pool else map)(part, range(0, len(weights), ROWS))))
-            )
+            return BlocksCoded(kind, by_rows(part, len(weights), pool))
         raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
+
+
+def by_rows(
+    part: Callable[[slice], npt.NDArray[np.uint8]], count: int, pool: Executor | None, step: int = ROWS
+) -> npt.NDArray[np.uint8]:
+    """What a function makes of `step` rows at a time, several such parts at once where there is a pool."""
+    parts = (slice(start, start + step) for start in range(0, count, step))
+    return np.concatenate(list((pool.map if pool else map)(part, parts)))
 
 
 def method(name: str) -> type[Method]:

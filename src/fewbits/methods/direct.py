@@ -49,7 +49,7 @@ class Search(Method):
 
     @classmethod
     def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
-        return kind.search(weights, known.importance, known.amax)
+        return kind.search(weights, known.importance, known.amax, known.device)
 
 
 class RoundToNearest(Method):

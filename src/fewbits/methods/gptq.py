@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbits.codecs import Codec
-from fewbits.codecs.blocks import Blocks
+from fewbits.codecs.blocks import Blocks, BlocksCoded
 from fewbits.codecs.fixed_codebooks import GroupCodebook, fixed_codebook
-from fewbits.codecs.fixed_scales import fixed_scales
+from fewbits.codecs.fixed_scales import FixedScales, fixed_scales
 from fewbits.codecs.row_groups import RowGroups
 from fewbits.codecs.scaled import Quantized, Scaled
 from fewbits.codecs.storage import Coded, StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.feedback import round_columns
 from fewbits.methods import gptq_groups, gptq_row_groups
-from fewbits.methods.base import DAMPING, Factor, Known, Method
+from fewbits.methods.base import DAMPING, ROWS_THERE, Factor, Known, Method, by_rows
 from fewbits.methods.inverse_cholesky import PANEL, invert_cholesky
 from fewbits.spill import Spill
 
@@ -28,6 +28,8 @@ for."""
 RETRIES = 6
 COLUMNS = 128
 """Columns that are rounded before their errors reach the rest in one matrix product."""
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
 def feedback_span(codec: type[Codec]) -> int:
@@ -38,7 +40,7 @@ def feedback_span(codec: type[Codec]) -> int:
 
 
 def factorize(
-    hessian: npt.NDArray[np.float32], damping: float = DAMPING, span: int = 1, spill: Spill | None = None
+    hessian: Floats, damping: float = DAMPING, span: int = 1, spill: Spill | None = None, device: str = "cpu"
 ) -> Factor:
     """Prepare a Hessian, float32 [columns, columns]: the mean of x x^T over the tokens.
 
@@ -46,12 +48,13 @@ def factorize(
         span: how many neighbouring columns stay together, in their order: see `feedback_span`. The factor's blocks of
             that size are those of the block factor: a group's error d costs |d B^-1|^2, B its block.
         spill: where the float64 matrix goes if it is too large for memory.
+        device: of torch, where it is factored and where errors will be fed back by it.
 
     Raises:
         FewbitsError: it is not positive, however much it is damped.
     """
     spill = spill or Spill()
-    diagonal = hessian.diagonal().astype(np.float64)
+    diagonal: Doubles = hessian.diagonal().astype(np.float64)
     if not _finite(hessian, spill) or diagonal.min() < 0:
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     groups = np.argsort(-diagonal.reshape(-1, span).sum(1), kind="stable")
@@ -59,28 +62,43 @@ def factorize(
     mean = float(diagonal.mean()) or 1.0
     # with the order reversed, H = L L^T gives the wanted factor as the inverse of an upper triangle, reversed again
     back = order[::-1].copy()
-    work = spill.empty(hessian.shape, np.float64)
     for attempt in range(RETRIES):
         damped = diagonal + damping * 10**attempt * mean
-        for start in range(0, back.size, COLUMNS):
-            rows = back[start : start + COLUMNS]
-            work[start : start + COLUMNS] = hessian[rows][:, back]
-            spill.forget()
-        np.fill_diagonal(work, damped[back])
-        if not invert_cholesky(work, spill):
+        if device == "cpu":
+            upper = _inverted(hessian, damped, back, spill)
+        else:
+            from fewbits.methods import gptq_torch  # imports torch
+
+            upper = gptq_torch.inverted(hessian, damped, back, device)
+        if upper is None:
             continue
-        upper = np.zeros(hessian.shape, np.float32)
-        for start in range(0, back.size, COLUMNS):
-            # row i of the inverse, backwards, is row n - 1 - i, from its diagonal on
-            rows, end = work[start : start + COLUMNS], min(start + COLUMNS, back.size)
-            upper[back.size - end : back.size - start, back.size - end :] = np.tril(rows[:, :end], start)[::-1, ::-1]
-            spill.forget()
         if span == 1:
-            return Factor(order, upper)
+            return Factor(order, upper, device=device)
         ordered = hessian[np.ix_(order, order)]
         np.fill_diagonal(ordered, damped[order])
-        return Factor(order, upper, ordered)
+        return Factor(order, upper, ordered, device)
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
+
+
+def _inverted(hessian: Floats, diagonal: Doubles, back: npt.NDArray[np.int64], spill: Spill) -> Floats | None:
+    """`gptq_torch.inverted` here."""
+    import torch  # takes a second, which methods that need no Hessian do without
+
+    work = spill.empty(hessian.shape, np.float64)
+    for start in range(0, back.size, COLUMNS):
+        rows = back[start : start + COLUMNS]
+        work[start : start + COLUMNS] = hessian[rows][:, back]
+        spill.forget()
+    np.fill_diagonal(work, diagonal[back])
+    if not invert_cholesky(torch.from_numpy(work), spill):
+        return None
+    upper = np.zeros(hessian.shape, np.float32)
+    for start in range(0, back.size, COLUMNS):
+        # row i of the inverse, backwards, is row n - 1 - i, from its diagonal on
+        rows, end = work[start : start + COLUMNS], min(start + COLUMNS, back.size)
+        upper[back.size - end : back.size - start, back.size - end :] = np.tril(rows[:, :end], start)[::-1, ::-1]
+        spill.forget()
+    return upper
 
 
 def _finite(matrix: npt.NDArray[np.float32], spill: Spill) -> bool:
@@ -93,7 +111,7 @@ def _finite(matrix: npt.NDArray[np.float32], spill: Spill) -> bool:
     return True
 
 
-def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32], spill: Spill | None = None) -> float:
+def choose_damping(seen: Floats, held: Floats, spill: Spill | None = None, device: str = "cpu") -> float:
     """Which of `DAMPINGS` makes feedback by one text lose least on another.
 
     With errors of rounding d that know nothing of each other, what is left of the weights is d diag(U)^-1 U, U the
@@ -102,6 +120,7 @@ def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32],
 
     Args:
         seen, held: Hessians, float32 [columns, columns], each the mean of x x^T over a text's tokens.
+        spill, device: as for `factorize`.
 
     Raises:
         FewbitsError: see `factorize`.
@@ -110,12 +129,7 @@ def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32],
 
     def cost(index: int) -> float:
         if index not in costs:
-            factor = factorize(seen, DAMPINGS[index], spill=spill)
-            ordered, costs[index] = held[np.ix_(factor.order, factor.order)], 0.0
-            for start in range(0, len(ordered), PANEL):
-                upper = factor.upper[start : start + PANEL]
-                each = np.einsum("ij,ij->i", upper @ ordered, upper, dtype=np.float64)
-                costs[index] += float((each / np.square(upper.diagonal(start))).sum())
+            costs[index] = _expected_loss(factorize(seen, DAMPINGS[index], spill=spill, device=device), held)
         return costs[index]
 
     best = DAMPINGS.index(DAMPING)
@@ -123,6 +137,19 @@ def choose_damping(seen: npt.NDArray[np.float32], held: npt.NDArray[np.float32],
         while 0 <= best + step < len(DAMPINGS) and cost(best + step) < cost(best):
             best += step
     return DAMPINGS[best]
+
+
+def _expected_loss(factor: Factor, held: Floats) -> float:
+    if factor.device != "cpu":
+        from fewbits.methods import gptq_torch  # imports torch
+
+        return gptq_torch.expected_loss(factor, held)
+    ordered, cost = held[np.ix_(factor.order, factor.order)], 0.0
+    for start in range(0, len(ordered), PANEL):
+        upper = factor.upper[start : start + PANEL]
+        each = np.einsum("ij,ij->i", upper @ ordered, upper, dtype=np.float64)
+        cost += float((each / np.square(upper.diagonal(start))).sum())
+    return cost
 
 
 class GPTQ(Method):
@@ -155,7 +182,7 @@ class GPTQ(Method):
 
     @classmethod
     def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
-        found = kind.search(weights, known.importance, known.amax)
+        found = kind.search(weights, known.importance, known.amax, known.device)
         if known.factor is None:
             return found
         low, width = kind.ranges(found, weights.shape)
@@ -171,8 +198,27 @@ class GPTQ(Method):
         if isinstance(kind, Blocks) and known.factor is not None and feedback_span(kind.codec) > 1:
             if known.hessian is None:
                 raise FewbitsError(f"Error feedback for {kind.name} needs the whole Hessian.")
-            known = replace(known, factor=factorize(known.hessian, known.damping or DAMPING, feedback_span(kind.codec)))
+            span = feedback_span(kind.codec)
+            known = replace(known, factor=factorize(known.hessian, known.damping or DAMPING, span, device=known.device))
+        if isinstance(kind, Blocks) and known.factor is not None and known.factor.device != "cpu":
+            scales = fixed_scales(kind.codec)
+            if scales is not None:
+                return BlocksCoded(kind, _fed_there(weights, scales, known.importance, known.factor, pool))
         return super().make(weights, kind, known, pool)
+
+
+def _fed_there(
+    weights: Floats, scales: FixedScales, importance: Floats | None, factor: Factor, pool: Executor | None
+) -> npt.NDArray[np.uint8]:
+    """`GPTQ.quantize` with scales searched here, by all threads, and codes chosen on a GPU, many rows at once."""
+    expected = None if importance is None else factor.expected(importance)
+    data = by_rows(lambda rows: scales.codec.encode(weights[rows], expected), len(weights), pool)
+
+    def fed(rows: slice) -> npt.NDArray[np.uint8]:
+        codes = feed(weights[rows], *scales.ranges(data[rows]), scales.levels, scales.uniform, factor)
+        return scales.with_codes(data[rows], codes)
+
+    return by_rows(fed, len(weights), pool, ROWS_THERE)
 
 
 def feed(
@@ -193,6 +239,10 @@ def feed(
     Returns:
         uint8 [rows, columns].
     """
+    if factor.device != "cpu":
+        from fewbits.methods import gptq_torch  # imports torch
+
+        return gptq_torch.feed(weights, low, width, levels, uniform, factor, COLUMNS)
     low, width, left = (np.ascontiguousarray(part.T[factor.order]) for part in (low, width, weights))
     codes = np.empty(left.shape, np.uint8)
     errors = np.empty((COLUMNS, left.shape[1]), np.float32)

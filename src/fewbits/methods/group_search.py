@@ -35,7 +35,9 @@ def searchable(kind: Scaled) -> bool:
     )
 
 
-def search_groups(weights: Floats, kind: Scaled, hessian: Floats, amax: float | None = None) -> Quantized:
+def search_groups(
+    weights: Floats, kind: Scaled, hessian: Floats, amax: float | None = None, device: str = "cpu"
+) -> Quantized:
     """Choose scales and zero points group by group, each for the least error together with the groups before it; codes
     by rounding to nearest.
 
@@ -44,6 +46,7 @@ def search_groups(weights: Floats, kind: Scaled, hessian: Floats, amax: float | 
         kind: a type that is `searchable`.
         hessian: float32 [columns, columns], X^T X of the inputs or its mean.
         amax: as for `Scaled.settle`.
+        device: of torch, where the candidates are tried.
 
     Raises:
         FewbitsError: the group does not divide the rows.
@@ -52,9 +55,18 @@ def search_groups(weights: Floats, kind: Scaled, hessian: Floats, amax: float | 
     rows, columns = weights.shape
     # the largest entry becomes one, so that no square leaves float32
     hessian = hessian / np.float32(max(float(hessian.diagonal().max()), 1e-30))
-    found = kind.search(weights, np.ascontiguousarray(hessian.diagonal()), amax)
+    found = kind.search(weights, np.ascontiguousarray(hessian.diagonal()), amax, device)
     scales, zeros = _candidates(weights, kind, found, kind.settle(weights, amax))
     levels = kind.ladder()[0]
+    if device != "cpu":
+        from fewbits.methods import group_search_torch  # imports torch
+
+        tried = (scales / np.float32(found.global_scale), zeros, levels, kind.levels == "INT")
+        chosen = group_search_torch.picked_candidates(weights, hessian, *tried, device)[None]
+        best = np.take_along_axis(scales, chosen, 0)[0]
+        points = np.take_along_axis(zeros, chosen, 0)[0] if kind.zero == "integer" else None
+        codes = kind.round(weights, best, points, found.global_scale)
+        return Quantized(kind, codes, best, points, found.global_scale)
     wrong = np.zeros((columns, rows), np.float32)
     picked = np.zeros(rows, np.uint8)
     for index in range(scales.shape[2]):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from fewbits.spill import Spill
 
+if TYPE_CHECKING:
+    import torch
+
 PANEL = 2048
 """Columns that are worked on at once: always so many, since the last bits of matrix products depend on their shapes."""
-Doubles = npt.NDArray[np.float64]
 
 
-def invert_cholesky(matrix: Doubles, spill: Spill) -> bool:
+def invert_cholesky(whole: torch.Tensor, spill: Spill) -> bool:
     """Replace a matrix by the inverse of its lower Cholesky factor.
 
     Beside the matrix, whose pages need not stay in memory, this takes some panels of [columns, PANEL]. The factor is
     made panel by panel from the first, its inverse from the last: both read only what lies below the diagonal.
 
     Args:
-        matrix: float64 [columns, columns], symmetric; changed in place. What is above the diagonal blocks of `PANEL`
-            is neither read nor written: it is no part of the result.
+        whole: the matrix, float64 [columns, columns], symmetric, on any device; changed in place. What is above the
+            diagonal blocks of `PANEL` is neither read nor written: it is no part of the result.
         spill: lets go of what was read.
 
     Returns:
@@ -28,7 +29,6 @@ def invert_cholesky(matrix: Doubles, spill: Spill) -> bool:
     """
     import torch  # takes a second, which methods that need no Hessian do without
 
-    whole = torch.from_numpy(matrix)
     size = len(whole)
     panels = [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
     for number, here in enumerate(panels):
@@ -46,7 +46,7 @@ def invert_cholesky(matrix: Doubles, spill: Spill) -> bool:
             spill.forget()
     for number, here in reversed([*enumerate(panels)]):
         factor = whole[here, here].clone()
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype), upper=False)
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         below = whole[here.stop :, here] @ -inverse
         spill.forget()
         for rows in panels[number + 1 :]:

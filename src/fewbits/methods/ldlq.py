@@ -79,7 +79,12 @@ class Decomposed:
 
 
 def decompose(
-    hessian: Floats, scales: Floats, damping: float = DAMPING, rotation: Rotation = BLOCKS, block: int = TILE
+    hessian: Floats,
+    scales: Floats,
+    damping: float = DAMPING,
+    rotation: Rotation = BLOCKS,
+    block: int = TILE,
+    device: str = "cpu",
 ) -> Decomposed:
     """Prepare a Hessian for feedback among inputs that are multiplied by `scales`, then rotated.
 
@@ -88,6 +93,7 @@ def decompose(
         scales: float32 [columns], none of them zero.
         damping: added to the diagonal, times its mean; ten times as much where that is too little.
         block: inputs that are coded together.
+        device: of torch, where it is decomposed.
 
     Raises:
         FewbitsError: the Hessian is not finite and positive, however much it is damped.
@@ -97,8 +103,16 @@ def decompose(
         raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     for attempt in range(RETRIES):
         added = damping * 10**attempt
+        rotated = rotate_hessian(hessian, scales, added, rotation)
+        if device != "cpu":
+            from fewbits.methods import ldlq_torch  # imports torch
+
+            found = ldlq_torch.decomposed(rotated, block, device)
+            if found is None:
+                continue
+            return Decomposed(*found, added)
         try:
-            lower = np.linalg.cholesky(rotate_hessian(hessian, scales, added, rotation))
+            lower = np.linalg.cholesky(rotated)
         except np.linalg.LinAlgError:
             continue
         spread = np.empty(scales.size // block)
@@ -230,8 +244,13 @@ class LDLQ(Method):
         regular = regularize(weights, known.hessian, GAIN[kind.bits])
         lower = None
         if known.hessian is not None:
-            lower = decompose(known.hessian, regular.inputs.astype(np.float32)).lower
-        states, coded = _code(regular.noise, lower, kind, known.device, pool)
+            lower = decompose(known.hessian, regular.inputs.astype(np.float32), device=known.device).lower
+        if known.device == "cpu":
+            states, coded = _code(regular.noise, lower, kind, pool)
+        else:
+            from fewbits.methods import ldlq_torch  # imports torch
+
+            states, coded = ldlq_torch.feed(regular.noise, lower, kind, known.device)
         regular = refit(weights, regular, lambda rows: regular.decode(coded[rows], rows), known.hessian)
         return TrellisCoded(kind, kind.pack(states), half(regular.inputs), half(regular.outputs))
 
@@ -241,20 +260,18 @@ def half(values: Doubles) -> npt.NDArray[np.float16]:
 
 
 def _code(
-    noise: Floats, lower: Floats | None, kind: Trellis, device: str, pool: Executor | None
+    noise: Floats, lower: Floats | None, kind: Trellis, pool: Executor | None
 ) -> tuple[npt.NDArray[np.uint16], Floats]:
     """States [in / 16, out / 16, 256] and the values they stand for, [out, in]."""
 
-    together = OUTPUTS if device == "cpu" else len(noise)
-
     def part(first: int) -> tuple[npt.NDArray[np.uint16], Floats]:
-        return _feed(np.ascontiguousarray(noise[first : first + together]), lower, kind, device)
+        return _feed(np.ascontiguousarray(noise[first : first + OUTPUTS]), lower, kind)
 
-    parts = list((pool.map if pool else map)(part, range(0, len(noise), together)))
+    parts = list((pool.map if pool else map)(part, range(0, len(noise), OUTPUTS)))
     return np.concatenate([states for states, _ in parts], axis=1), np.concatenate([coded for _, coded in parts])
 
 
-def _feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tuple[npt.NDArray[np.uint16], Floats]:
+def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArray[np.uint16], Floats]:
     """Code some outputs [out, in], blocks of 16 inputs from the last to the first."""
     rows, columns = noise.shape
     table, order = codebook(kind.codebook), tile_order()
@@ -264,7 +281,7 @@ def _feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tu
 
     def code(first: int, wanted: Floats) -> Floats:
         tiles[:] = wanted.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, STEPS)[:, order]
-        states[first // TILE] = kind.search(tiles, work, device)
+        states[first // TILE] = kind.search(tiles, work)
         values[:, order] = table[states[first // TILE]]
         return values.reshape(-1, TILE, TILE).transpose(0, 2, 1).reshape(-1, TILE)
 

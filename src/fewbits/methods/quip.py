@@ -63,7 +63,7 @@ class QuIP(Method):
         regular = regularize(weights, hessian, GAIN[kind.bits], WHOLE, weights.shape[1], OUTPUTS_POWER)
         feedback = None
         if hessian is not None:
-            found = decompose(hessian, regular.inputs.astype(np.float32), DAMPING, WHOLE, DIMENSIONS)
+            found = decompose(hessian, regular.inputs.astype(np.float32), DAMPING, WHOLE, DIMENSIONS, known.device)
             regular = _leave_room(regular, found, kind)
             scales = regular.inputs.astype(np.float32)
             sweeps = SWEEPS[known.effort]

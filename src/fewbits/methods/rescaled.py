@@ -26,8 +26,8 @@ class AWQ(Method):
     @classmethod
     def fit(cls, weights: npt.NDArray[np.float32], kind: Scaled, known: Known) -> Quantized:
         if known.hessian is None or not searchable(kind):
-            return kind.search(weights, known.importance, known.amax)
-        return search_groups(weights, kind, known.hessian, known.amax)
+            return kind.search(weights, known.importance, known.amax, known.device)
+        return search_groups(weights, kind, known.hessian, known.amax, known.device)
 
 
 class RescaledGPTQ(GPTQ):

@@ -5,13 +5,16 @@ have continuous parts are then tuned on the block's output (`tuning`).
 All windows go through a block side by side: each stops in front of a set of linears until their common input is known
 from all windows and the set is quantized, then goes on with the quantized weights. So every linear is computed once.
 In memory: one block, the Hessian of one input, and the windows' activations at one place of the block. Where these take
-too much, only some windows wait there; the others begin the block anew for each set, with the same results.
+too much, only some windows wait there; the others begin the block anew for each set, with the same results. Experts
+have a Hessian each: where all of a set take too much, some are summed and their experts quantized at a time, and the
+windows stop there once for each such round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,6 +28,7 @@ from fewbits.calibration.collect import ENERGY_CAP, BlockRecorder, Inputs
 from fewbits.errors import FewbitsError
 from fewbits.forward.streamed import Progress, Stream, StreamedModel, torch_threads
 from fewbits.layouts import Layout
+from fewbits.limits import HESSIANS
 from fewbits.methods import Known, factorize
 from fewbits.methods import method as method_named
 from fewbits.methods.base import DAMPING, Effort
@@ -47,7 +51,18 @@ def rough_products(device: str) -> bool:
 
 def _products(device: str, rough: bool) -> torch.autocast:
     # without its cache, which would go on with the weights as they were before they were quantized
-    return torch.autocast(device, torch.bfloat16, enabled=rough, cache_enabled=False)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=rough, cache_enabled=False)
+
+
+@contextmanager
+def _enough_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise FewbitsError(
+            f"The memory of {device} does not hold a decoder block, or the head, and what is computed with it.",
+            "Pass --device cpu, or take fewer --calibration-chunks.",
+        ) from None
 
 
 def _wait(names: tuple[str, ...]) -> None:
@@ -70,6 +85,7 @@ class BlockwiseRun:
         parked: how many batches of windows may wait within a block; None: all.
         workers: who quantizes the matrices of one input side by side, where these are as many as the pool has threads;
             fewer are done faster here, each by all threads.
+        hessians: most bytes of experts' Hessians that are summed at once.
         tuned: of each block that tuning has changed, the held-out windows' error before and after.
     """
 
@@ -87,6 +103,7 @@ class BlockwiseRun:
     norms: torch.dtype | None = None
     parked: int | None = None
     workers: Workers | None = None
+    hessians: int = HESSIANS
     without_data: list[str] = field(default_factory=list)
     tuned: list[tuple[float, float]] = field(default_factory=list)
     _waiting: dict[str, Arrays] | None = None
@@ -104,7 +121,7 @@ class BlockwiseRun:
         count = len(self.streamed.layers)
         # a block of these takes minutes: told by the weight
         self._work = _Work.of(self, first, progress) if progress and "whole" in hessians_of(self.methods) else None
-        with torch.no_grad(), _products(self.device, self.rough):
+        with torch.no_grad(), _products(self.device, self.rough), _enough_memory(self.device):
             for index in range(first, count):
                 block = self.streamed.block(index).to(self.device)
                 self._block(index, block)
@@ -117,16 +134,17 @@ class BlockwiseRun:
         """Quantize a block and take the windows through it."""
         views = self.streamed.weights_of(index, block)
         if self.rescaling:
-            with torch.autocast(self.device, enabled=False):
+            with _products(self.device, False):
                 self.rescaling(block, index, partial(self._watch, index, block))
         stages = self._stages(index, block)
         tuning = self._tuning(index, block)
-        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out)
+        recorder = BlockRecorder(self.wants_hessians, ENERGY_CAP, self.rough, _wait, self.holds_out, self.hessians)
         # the first weight of each set listens for all of them
         self._attach(recorder, index, block, {names[0]: names for names in stages})
         waiting: dict[int, greenlet] = {}
         while names := self._pass(index, block, waiting):
-            self._quantize(recorder.take(names), views)
+            self._quantize(recorder.recorded(names), views)
+            recorder.go_on(names)
         recorder.detach()
         if tuning:
             self._tune(tuning, views)
@@ -220,11 +238,10 @@ class BlockwiseRun:
         recorder.attach(block, self.streamed.block_path(index), self.streamed, names)
 
     def _quantize(self, inputs: Inputs, views: Mapping[str, torch.Tensor]) -> None:
-        """Quantize the weights that share an input, in the block, too."""
-        experts = range(len(inputs.counts))
-        count = sum(len(inputs.of_expert(expert)) for expert in experts)
+        """Quantize the weights that share an input, in the block, too; of experts those of this round."""
+        count = len(inputs.names) * len(inputs.counts)
         workers = self.workers if self.workers and self.device == "cpu" and count >= self.pool._max_workers else None
-        tasks = (task for expert in experts for task in self._tasks(inputs, expert, views, workers))
+        tasks = (task for expert in inputs.at_once for task in self._tasks(inputs, expert, views, workers))
         for name, arrays in in_order(tasks, workers.ahead if workers else 1):
             self._keep(name, arrays)
             views[name].copy_(torch.from_numpy(self._decoded(name, arrays, views[name])))
@@ -236,8 +253,8 @@ class BlockwiseRun:
         names = inputs.of_expert(expert)
         # engines fuse what has the same input
         amax = max(float(views[name].abs().max()) for name in names)
-        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True)
-        known = replace(known, amax=amax, device=self.device, effort=self.effort)
+        known = self._known(inputs, expert)
+        known = replace(known, amax=amax)
         job = workers.job(StagePacker(known, self.rough)) if workers else None
         for name in names:
             weights = np.ascontiguousarray(views[name].cpu().numpy())
@@ -247,6 +264,11 @@ class BlockwiseRun:
                 yield name, partial(job.submit, name, name, weights, self.layouts[name], self.planned[name])
             else:
                 yield name, partial(Deferred, partial(self._make, name, weights, known))
+
+    def _known(self, inputs: Inputs, expert: int) -> Known:
+        """What is known of one input, which is forgotten."""
+        known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True, device=self.device)
+        return replace(known, device=self.device, effort=self.effort)
 
     def _make(self, name: str, weights: Floats, known: Known) -> Arrays:
         """Quantize one weight."""
@@ -268,12 +290,11 @@ class BlockwiseRun:
         """Quantize the head, the windows having passed all blocks; they are normed in place."""
         self.streamed.norm(self.stream)
         options = (self.wants_hessians, ENERGY_CAP, self.rough, self.holds_out)
-        inputs = Inputs.empty((name,), 1, self.stream.hidden, *options)
-        for batch in self.stream.batches:
-            inputs.add(self.stream.hidden[batch].flatten(0, 1))
-        known = known_of(inputs, 0, self.methods, self.streamed.spill, last=True)
-        known = replace(known, device=self.device, effort=self.effort)
-        self._keep(name, self._make(name, weights, known))
+        inputs = Inputs.empty((name,), 1, self.stream.hidden[:1].to(self.device), *options)
+        with _enough_memory(self.device):
+            for batch in self.stream.batches:
+                inputs.add(self.stream.hidden[batch].flatten(0, 1).to(self.device))
+            self._keep(name, self._make(name, weights, self._known(inputs, 0)))
 
 
 @dataclass(frozen=True)
@@ -333,7 +354,12 @@ def hessians_of(methods: Collection[str]) -> set[str]:
 
 
 def known_of(
-    inputs: Inputs, expert: int, methods: Collection[str], spill: Spill | None = None, last: bool = False
+    inputs: Inputs,
+    expert: int,
+    methods: Collection[str],
+    spill: Spill | None = None,
+    last: bool = False,
+    device: str = "cpu",
 ) -> Known:
     """What the windows say of one input, in the forms that these methods use.
 
@@ -342,6 +368,7 @@ def known_of(
     Args:
         spill: where large matrices go.
         last: whether this is asked once, so that `inputs` need not keep the expert's Hessian.
+        device: where Hessians are factored.
     """
     spill = spill or Spill()
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
@@ -358,7 +385,7 @@ def known_of(
         # before the mean is taken: this needs most memory
         seen = ((hessian - held) / (count - held_count)).cpu().numpy()
         held = held.div_(held_count) if last else held / held_count
-        damping = choose_damping(seen, held.cpu().numpy(), spill)
+        damping = choose_damping(seen, held.cpu().numpy(), spill, device)
         del seen
     del held
     mean = _mean(hessian, count, spill)
@@ -372,7 +399,7 @@ def known_of(
         inputs.hessians[expert] = None
     if "factor" not in hessians_of(methods):
         return known
-    return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill))
+    return replace(known, factor=factorize(mean, known.damping or DAMPING, spill=spill, device=device))
 
 
 def _mean(hessian: torch.Tensor, count: int, spill: Spill) -> Floats:

@@ -392,6 +392,7 @@ class _Run:
             run = BlockwiseRun(
                 *(streamed, stream, layouts, planned, self.put, put_plain, self.pool, rescaling, device, rough),
                 *(self.request.effort, norms, self.limits.parked, self.workers if self.workers.remote else None),
+                hessians=self.limits.hessians,
             )
             run.run(first, done, self.progress)
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)

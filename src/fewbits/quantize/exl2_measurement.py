@@ -291,7 +291,7 @@ class _Measuring:
         self, name: str, weights: torch.Tensor, inputs: Inputs, kinds: Mapping[RowGroups, object]
     ) -> dict[RowGroups, _Made]:
         """A weight in each of these types."""
-        known = known_of(inputs, 0, {"gptq"})
+        known = known_of(inputs, 0, {"gptq"}, device=self.device)
         assert known.hessian is not None
         hessian = torch.from_numpy(known.hessian)
         scale = 0.5 * self.columns[name] / max(float(hessian.trace()), 1e-30)

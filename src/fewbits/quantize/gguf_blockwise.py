@@ -116,7 +116,7 @@ class GGUFBlockwise:
         text: what calibrates the model.
         state: a folder for the activations that an interrupted run goes on from.
         limits: how to keep within memory.
-        workers: see `BlockwiseRun`.
+        workers, device: see `BlockwiseRun`.
     """
 
     plan: Plan
@@ -128,6 +128,7 @@ class GGUFBlockwise:
     effort: Effort = "default"
     limits: Limits = field(default_factory=Limits)
     workers: Workers | None = None
+    device: str = "cpu"
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -190,17 +191,18 @@ class GGUFBlockwise:
                     files.flush()
                     state.save(blocks, stream.hidden)
 
-            rough = rough_products("cpu")
+            rough = rough_products(self.device)
             rescaling = None
             if written is not linears:
                 kinds = {source: packing.type for source, packing in packings.items()}
                 rescaling = Rescaling(streamed, kinds, "awq", None, rough, ENERGY_CAP)
             run = BlockwiseRun(
-                *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, "cpu", rough),
+                *(streamed, stream, packings, methods, put, put_plain, pool, rescaling, self.device, rough),
                 effort=self.effort,
                 norms=torch.float32 if rescaling else None,
                 parked=limits.parked,
                 workers=self.workers,
+                hessians=limits.hessians,
             )
             run.run(first, done, self.progress)
             for source, place in linears.items():

@@ -64,6 +64,7 @@ class GGUFJob:
             block with error feedback.
         max_memory: most bytes of memory to use; None: no limit.
         workers: of a cluster, who take slabs, matrices and windows of text; budgets are spent here.
+        device: of torch, where texts run through the model and Hessians are summed and factored.
     """
 
     model: str | Path
@@ -78,6 +79,7 @@ class GGUFJob:
     effort: Effort = "default"
     workers: Workers | None = None
     max_memory: int | None = None
+    device: str = "cpu"
 
     @staticmethod
     def of(
@@ -92,11 +94,13 @@ class GGUFJob:
         progress: Progress | None,
         effort: Effort = "default",
         workers: Workers | None = None,
+        device: str = "cpu",
     ) -> GGUFJob:
         """Read the headers.
 
         Args:
             request: without an output, the usual name is taken.
+            device: `cpu`, `cuda` or `auto`.
 
         Raises:
             FewbitsError: options that do not go together, an unknown architecture or tokenizer.
@@ -120,6 +124,7 @@ class GGUFJob:
                 "Make one file of both: `fewbits calibrate MODEL --text TEXT --merge STATISTICS -o BOTH`; or leave "
                 "--effort at default.",
             )
+        device = _device(device, bool(texts), target, workers)
         source = gguf_source(open_checkpoint(model), pre_tokenizer)
         if budget and budget.like:
             mixture = replace(request.mixture, has_imatrix=bool(calibration))
@@ -128,9 +133,8 @@ class GGUFJob:
         budget = budget.as_size(model) if budget else None
         request = replace(request, output=request.output or default_output(source.path, target))
         factors = Factors(hessians) if hessians else None
-        return GGUFJob(
-            model, source, request, list(calibration), chunks, factors, budget, threads, progress, effort, workers
-        )  # fmt: skip
+        options = (factors, budget, threads, progress, effort, workers)
+        return GGUFJob(model, source, request, list(calibration), chunks, *options, device=device)
 
     @property
     def output(self) -> Path:
@@ -182,7 +186,7 @@ class GGUFJob:
         if self.feeds_back and found is not None:
             state = work.path / "activations"
             run = (plan, self._opened, self._text, state, self.threads, self.progress, self.effort)
-            blockwise = GGUFBlockwise(*run, limits, self.workers)
+            blockwise = GGUFBlockwise(*run, limits, self.workers, self.device)
         learned = Learned(found or {}, self.factors)
         report = self._write(plan, source, work, overwrite, learned, limits, blockwise, beside)
         return report.model_copy(update={"seconds": time.monotonic() - started})
@@ -214,7 +218,7 @@ class GGUFJob:
             "split size": self.request.split_max_size,
             "statistics": digests(files),
             "Hessians": file_facts(self.factors.folder.glob("*")) if self.factors else None,
-            **text_facts(self._text if texts else None, self.threads),
+            **text_facts(self._text if texts else None, self.threads, self.device),
         }
 
     @property
@@ -252,7 +256,7 @@ class GGUFJob:
         gradients = self.budget is not None
         return calibrate_texts(
             *(self.model, texts, kept, self.chunks, gradients, self.threads, True, self.progress),
-            *(self.max_memory, self.workers),
+            *(self.max_memory, self.workers, self.device),
         )  # fmt: skip
 
     def _made(
@@ -297,3 +301,16 @@ class GGUFJob:
         if work:
             work.keep(PLAN, spent.model_dump_json().encode())
         return spent
+
+
+def _device(wanted: str, texts: bool, target: str, workers: Workers | None) -> str:
+    """The device that texts run on."""
+    if not texts:
+        if wanted not in ("cpu", "auto"):
+            raise FewbitsError(f"{target}: no text is calibrated with, so --device has no effect.", "Leave it out.")
+        return "cpu"
+    if wanted == "auto" and workers:
+        return "cpu"
+    from fewbits.calibration.run import resolve_device  # imports torch, which most runs do without
+
+    return resolve_device(wanted)

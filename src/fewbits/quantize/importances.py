@@ -112,6 +112,7 @@ def calibrate_texts(
     progress: Progress | None = None,
     max_memory: int | None = None,
     workers: Workers | None = None,
+    device: str = "cpu",
 ) -> Statistics:
     """What was `promised`: the statistics of texts, kept for other targets; see `calibration.run.calibrate`."""
     from fewbits.calibration.run import calibrate
@@ -122,7 +123,7 @@ def calibrate_texts(
         context=CONTEXT,
         output_tensor=True,
         sensitivity=sensitivity,
-        device="auto",
+        device=device,
         threads=threads,
         overwrite=overwrite,
         progress=progress,

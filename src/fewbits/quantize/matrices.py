@@ -15,8 +15,8 @@ from fewbits.codecs.storage import Coded
 from fewbits.errors import FewbitsError
 from fewbits.layouts import Layout
 from fewbits.layouts.gptq import GPTQ as GPTQLayout
-from fewbits.methods import Factor, Known, method
-from fewbits.methods.base import ROWS
+from fewbits.methods import Known, method
+from fewbits.methods.base import ROWS, ROWS_THERE
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -103,7 +103,7 @@ def _fit_in_order(
     """Groups of the columns in order of their importance, and the group of each column."""
     assert known.importance is not None
     order = known.factor.order if known.factor else np.argsort(-known.importance, kind="stable")
-    factor = Factor(np.arange(order.size), known.factor.upper) if known.factor else None
+    factor = replace(known.factor, order=np.arange(order.size)) if known.factor else None
     hessian = None if known.hessian is None else known.hessian[np.ix_(order, order)]
     sorted_ = replace(known, importance=known.importance[order], factor=factor, hessian=hessian)
     found = _fit(np.ascontiguousarray(weights[:, order]), kind, chosen, sorted_, pool)
@@ -120,7 +120,8 @@ def _fit(weights: Floats, kind: Scaled, chosen: str, known: Known, pool: ThreadP
     # HQQ stops when the whole matrix no longer gains
     if pool is None or not kind.rows_apart or chosen == "hqq":
         return fit(slice(None))
-    return _stacked(list(pool.map(fit, (slice(i, i + ROWS) for i in range(0, weights.shape[0], ROWS)))))
+    step = ROWS if known.device == "cpu" else ROWS_THERE
+    return _stacked(list(pool.map(fit, (slice(i, i + step) for i in range(0, weights.shape[0], step)))))
 
 
 def _stacked(parts: list[Quantized]) -> Quantized:

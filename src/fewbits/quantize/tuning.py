@@ -153,7 +153,9 @@ class Tuning:
         random = torch.Generator().manual_seed(self.index)
 
         def weights() -> dict[str, torch.Tensor]:
-            return plain | {name: coded[places[name]].decode_torch(tensors) for name, tensors in inner.items()}
+            # what nothing of can be changed is decoded here
+            made = {name: coded[places[name]].decode_torch(tensors) for name, tensors in inner.items()}
+            return plain | {name: weight.to(self.device) for name, weight in made.items()}
 
         before = least = self._error(weights(), self.held_out)
         best = None

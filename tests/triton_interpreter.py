@@ -1,0 +1,17 @@
+"""Programs with Triton kernels, which need a GPU, run step by step by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def interpreted(program: str, *arguments: str | Path) -> str:
+    """What a program prints; in a process of its own, as the interpreter is chosen when Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
