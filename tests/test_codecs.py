@@ -94,7 +94,7 @@ def test_size_is_ggmls(name: str) -> None:
 
 
 AS_GOOD = 1 + 1e-7
-"""Where both sides find the same scales (Q1_0 has but a mean to find), these are rounded as the processor's vectors sum."""
+"""Where both sides find the same scales (Q1_0 has but a mean to find), sums are rounded as processors please."""
 
 
 @pytest.mark.parametrize("name", SEARCHED)
