@@ -5,7 +5,7 @@ nothing has happened to, bit by bit.
 
 Each case is a command line of `python -m fewbits`. It runs once undisturbed, once on a disk that is full too soon (a
 limit on the size of files, which the kernel enforces), and is killed and repeated until its share of the kills is
-spent, then until it has ended. After every fourth kill a file of the work folder is damaged.
+spent, then until it has ended. After one kill of four a file of the work folder is damaged.
 """
 
 from __future__ import annotations
@@ -16,21 +16,35 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from fewbits.capabilities import capabilities
+from fewbits.cli import main as main_of_fewbits
 from fewbits.demo import MODEL
 from fewbits.formats.journal import Journal
 from fewbits.formats.work import CHECKSUM
 
+USED = (
+    *("numba", "torch", "transformers.models.llama.modeling_llama", "fewbits.quantize.blockwise"),
+    *(
+        "fewbits.quantize.directory_job",
+        "fewbits.quantize.gguf_job",
+        "fewbits.quantize.tuning",
+        "fewbits.calibration.run",
+    ),
+    *("fewbits.quantize.exl2_measurement", "fewbits.verify.made", "fewbits.formats.directory"),
+)
+"""What commands import."""
 TEXT = Path(MODEL).parent / "held_out.txt"
 DAMAGED_EVERY = 4
+AFRESH_EVERY = 5
+"""Of so many last runs of a case, one starts Python anew."""
 
 
 @dataclass
@@ -85,31 +99,70 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def run(case: Case, model: Path, folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    def limited() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+@dataclass
+class Run:
+    """A command in a process of its own.
 
-    return subprocess.run(
-        case.command(model), cwd=folder, capture_output=True, text=True, check=False, preexec_fn=limited
-    )
+    Forked from one that has imported everything and computed nothing (threads do not survive a fork): imports take
+    longer than what is to be killed. With `afresh` it starts anew.
+    """
+
+    case: Case
+    model: Path
+    folder: Path
+    limit: int | None = None
+    afresh: bool = False
+
+    def __post_init__(self) -> None:
+        self.told = self.folder.with_suffix(".stderr")
+        self.pid = os.fork()
+        if not self.pid:
+            self._work()
+
+    def _work(self) -> None:
+        """What the process does; it ends here."""
+        os.setsid()
+        os.chdir(self.folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        if self.limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+        command = self.case.command(self.model)
+        if self.afresh:
+            os.execv(command[0], command)
+        sys.argv = ["fewbits", *command[3:]]
+        code: object = 1
+        try:
+            main_of_fewbits()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0)
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, or less the signal that ended it; None where the time was up before."""
+        stop = time.monotonic() + seconds if seconds is not None else None
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG if stop else 0)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            if stop and time.monotonic() >= stop:
+                return None
+            time.sleep(0.002)
+
+    @property
+    def stderr(self) -> str:
+        return self.told.read_text()
 
 
-def killed(case: Case, model: Path, folder: Path, seconds: float) -> bool:
+def killed(run: Run, seconds: float) -> bool:
     """Whether the run was still going on when its time had come."""
-    process = subprocess.Popen(
-        case.command(model),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        process.wait(seconds)
+    if run.wait(seconds) is not None:
         return False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait() == -signal.SIGKILL
+    os.killpg(run.pid, signal.SIGKILL)
+    return run.wait() == -signal.SIGKILL
 
 
 def damage(work: Path, rng: random.Random) -> None:
@@ -129,31 +182,27 @@ def damage(work: Path, rng: random.Random) -> None:
     file.write_bytes(data)
 
 
-def torment(case: Case, model: Path, kills: int, rng: random.Random) -> Iterator[None]:
-    """Yields after each kill."""
+def torment(case: Case, model: Path, kills: int, rng: random.Random, afresh: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="fewbits-chaos-") as name:
         whole, folder = Path(name, "whole"), Path(name, "killed")
         whole.mkdir()
         folder.mkdir()
-        run(case, model, whole)  # kernels are compiled
-        shutil.rmtree(whole)
-        whole.mkdir()
         started = time.monotonic()
-        done = run(case, model, whole)
-        seconds = time.monotonic() - started
-        if done.returncode:
+        done = Run(case, model, whole, afresh=afresh)
+        if done.wait():
             case.problems.append(f"refused: {done.stderr.strip().splitlines()[-1]}")
             return
+        seconds = time.monotonic() - started
         truth = contents(whole)
 
-        done = run(case, model, folder, int(max(map(len, truth.values())) * rng.uniform(0.1, 0.9)))
-        if done.returncode != 2 or done.stderr.count("\n") != 1:
-            case.problems.append(f"full disk: exit {done.returncode}, {done.stderr.strip()[-200:]}")
+        done = Run(case, model, folder, int(max(map(len, truth.values())) * rng.uniform(0.1, 0.9)), afresh)
+        if done.wait() != 2 or done.stderr.count("\n") != 1:
+            case.problems.append(f"full disk: {done.stderr.strip()[-200:]}")
         case.full_disks += 1
 
         while case.kills < kills:
             early = 0
-            while early < 10 and not killed(case, model, folder, rng.uniform(0.1, 1) * seconds):
+            while early < 10 and not killed(Run(case, model, folder, None, afresh), rng.uniform(0, 1) * seconds):
                 early += 1
                 if (folder / "out").exists() and not (folder / "out.partial").exists():
                     compare(case, truth, folder)
@@ -163,14 +212,14 @@ def torment(case: Case, model: Path, kills: int, rng: random.Random) -> Iterator
             case.kills += 1
             work = folder / "out.partial"
             case.going_on += any(CHECKSUM in entry for entry in Journal(work / "journal").entries)
-            if case.kills % DAMAGED_EVERY == 0 and work.exists():
+            if rng.randrange(DAMAGED_EVERY) == 0 and work.exists():
                 damage(work, rng)
                 case.damaged += 1
-            yield
-        done = run(case, model, folder)
-        told_done = "the output exists" in done.stderr or "statistics already" in done.stderr
-        if done.returncode and not (told_done and not (folder / "out.partial").exists()):
-            case.problems.append(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
+        done = Run(case, model, folder, afresh=afresh or rng.randrange(AFRESH_EVERY) == 0)
+        if done.wait():
+            told_done = "the output exists" in done.stderr or "statistics already" in done.stderr
+            if not (told_done and not (folder / "out.partial").exists()):
+                case.problems.append(done.stderr.strip()[-200:])
         compare(case, truth, folder)
 
 
@@ -187,8 +236,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=[], help="names as `fewbits list` has them; default: all")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--afresh", action="store_true", help="start Python anew for every run, which takes hours")
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    for module in USED:
+        import_module(module)
     every = cases(options.targets)
     rng.shuffle(every)
     kills = identical = 0
@@ -200,7 +252,8 @@ def main() -> None:
         share = -(-(options.kills - kills) // (len(every) - number))
         if share <= 0:
             break
-        kills += sum(1 for _ in torment(case, options.model.resolve(), share, rng))
+        torment(case, options.model.resolve(), share, rng, options.afresh)
+        kills += case.kills
         if not case.problems:
             identical += case.kills
         row = [case.name, case.kills, case.going_on, case.damaged, case.full_disks]
