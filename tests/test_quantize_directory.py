@@ -283,7 +283,7 @@ def test_refused_at_plan_time(target: str, options: dict[str, Any], message: str
     ("target", "options", "message"),
     [
         ("bnb:nf4", {"device": "auto"}, "--device has no effect"),
-        ("Q4_0", {"device": "cuda"}, "model directories"),
+        ("Q4_0", {"device": "cuda"}, "--device has no effect"),
         ("bnb:nf4", {"measure_chunks": 3}, "Pass --measure"),
         ("bnb:nf4", {"calibration_chunks": 3}, "Pass --calibration"),
         ("Q4_0", {"calibration_chunks": 3}, "Pass --calibration"),

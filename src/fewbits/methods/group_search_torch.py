@@ -33,7 +33,7 @@ def picked_candidates(
     Returns:
         int64 [rows, groups]; of equals the first.
     """
-    moments, steps = torch.from_numpy(hessian).to(device), torch.from_numpy(levels).to(device)
+    moments, steps = torch.from_numpy(hessian).to(device), torch.tensor(levels, device=device)
     middles = (steps[1:] + steps[:-1]) / 2
     left = torch.from_numpy(weights).to(device).T
     size = weights.shape[1] // scales.shape[2]
