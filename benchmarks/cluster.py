@@ -27,6 +27,7 @@ import psutil
 from fewbits.checkpoint import open_checkpoint
 from fewbits.cluster import workers_at
 from fewbits.formats.gguf.source import gguf_source
+from fewbits.formats.work import WorkFolder
 from fewbits.plan import MixtureOptions, Plan
 from fewbits.plan.tensors import layer_of
 from fewbits.quantize import PlanRequest, execute
@@ -68,10 +69,16 @@ class Work:
     ) -> tuple[float, Path]:
         """Seconds, and the file."""
         out = self.folder / f"{name}.gguf"
-        execute(self.first, self.source, out, threads, True, None, None, workers)
+        self.make(self.first, out, threads, workers)
         started = time.perf_counter()
-        execute(self.plan, self.source, out, threads, True, progress, None, workers)
+        self.make(self.plan, out, threads, workers, progress)
         return time.perf_counter() - started, out
+
+    def make(
+        self, plan: Plan, out: Path, threads: int, workers: Workers | None = None, progress: Progress | None = None
+    ) -> None:
+        with WorkFolder(out, {"tensors": len(plan.tensors)}, overwrite=True) as folder:
+            execute(plan, self.source, folder, threads, True, progress, workers=workers)
 
 
 def one_way(work: Work, way: str) -> tuple[float, Path]:
@@ -95,11 +102,11 @@ def separate(work: Work) -> float:
 
 
 def alone(work: Work) -> None:
-    execute(work.first, work.source, work.folder / "x.gguf", 1, True)
+    work.make(work.first, work.folder / "x.gguf", 1)
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
-    execute(work.plan, work.source, work.folder / "x.gguf", 1, True)
+    work.make(work.plan, work.folder / "x.gguf", 1)
     print(time.perf_counter() - started)
 
 
