@@ -31,15 +31,10 @@ from fewbits.formats.journal import Journal
 from fewbits.formats.work import CHECKSUM
 
 USED = (
-    *("numba", "torch", "transformers.models.llama.modeling_llama", "fewbits.quantize.blockwise"),
-    *(
-        "fewbits.quantize.directory_job",
-        "fewbits.quantize.gguf_job",
-        "fewbits.quantize.tuning",
-        "fewbits.calibration.run",
-    ),
-    *("fewbits.quantize.exl2_measurement", "fewbits.verify.made", "fewbits.formats.directory"),
-)
+    "numba", "torch", "transformers.models.llama.modeling_llama", "fewbits.quantize.blockwise",
+    "fewbits.quantize.directory_job", "fewbits.quantize.gguf_job", "fewbits.quantize.tuning", "fewbits.calibration.run",
+    "fewbits.quantize.exl2_measurement", "fewbits.verify.made", "fewbits.formats.directory",
+)  # fmt: skip
 """What commands import."""
 TEXT = Path(MODEL).parent / "held_out.txt"
 DAMAGED_EVERY = 4

@@ -64,6 +64,29 @@ def _better(
 
 
 @triton.jit
+def _loaded(
+    weights: tl.tensor, importance: tl.tensor, groups: tl.tensor, elements: tl.tensor, per_row: tl.tensor,
+    size: tl.constexpr, block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """A program's groups, whether there are such, their weights and importances, zeros beyond the elements."""
+    group = tl.program_id(0) * block + tl.arange(0, block)
+    element = tl.arange(0, size)
+    there = group < groups
+    inside = there[:, None] & (element[None, :] < elements)
+    x = tl.load(weights + group.to(tl.int64)[:, None] * elements + element[None, :], mask=inside, other=0.0)
+    weight = tl.load(importance + (group % per_row)[:, None] * elements + element[None, :], mask=inside, other=0.0)
+    return group, there, x, weight
+
+
+@triton.jit
+def _begun(best: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """What errors are scaled by, the inverse of the scale to begin with, and an error that any candidate beats; zero,
+    which none does, for groups of nothing."""
+    unit = tl.where(best != 0, 1.0 / tl.where(best != 0, best, 1.0), 0.0)
+    return unit, tl.where(tl.abs(best) > TINY, WORST, 0.0)
+
+
+@triton.jit
 def _search_scales(
     weights: tl.tensor, importance: tl.tensor, parts: tl.tensor, scales: tl.tensor, groups: tl.tensor,
     elements: tl.tensor, per_row: tl.tensor, tried: tl.tensor, lowest: tl.constexpr, highest: tl.constexpr,
@@ -71,17 +94,11 @@ def _search_scales(
 ) -> None:  # fmt: skip
     """`search_scales`: weights [groups, elements], importance [groups of a row, elements], parts [tried], the inverse
     candidates; scales [groups] in and out."""
-    group = tl.program_id(0) * block + tl.arange(0, block)
-    element = tl.arange(0, size)
-    there = group < groups
-    inside = there[:, None] & (element[None, :] < elements)
-    x = tl.load(weights + group.to(tl.int64)[:, None] * elements + element[None, :], mask=inside, other=0.0)
-    weight = tl.load(importance + (group % per_row)[:, None] * elements + element[None, :], mask=inside, other=0.0)
+    group, there, x, weight = _loaded(weights, importance, groups, elements, per_row, size, block)
     first = tl.argmax(tl.abs(x), 1)
-    peak = tl.sum(tl.where(element[None, :] == first[:, None], x, 0.0), 1)
+    peak = tl.sum(tl.where(tl.arange(0, size)[None, :] == first[:, None], x, 0.0), 1)
     best = tl.load(scales + group, mask=there, other=0.0)
-    unit = tl.where(best != 0, 1.0 / tl.where(best != 0, best, 1.0), 0.0)
-    least = tl.where(tl.abs(best) > TINY, WORST, 0.0)
+    unit, least = _begun(best)
     zero = tl.zeros([block], tl.float32)
     bottom, top = zero + lowest, zero + highest
     for k in range(-1, tried + 1):
@@ -103,17 +120,11 @@ def _search_pairs(
     most: tl.constexpr, kind: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """`search_pairs`: as `_search_scales`; starts [tried], the code of the lowest weight, zeros [groups] in and out."""
-    group = tl.program_id(0) * block + tl.arange(0, block)
-    element = tl.arange(0, size)
-    there = group < groups
-    inside = there[:, None] & (element[None, :] < elements)
-    x = tl.load(weights + group.to(tl.int64)[:, None] * elements + element[None, :], mask=inside, other=0.0)
-    weight = tl.load(importance + (group % per_row)[:, None] * elements + element[None, :], mask=inside, other=0.0)
+    group, there, x, weight = _loaded(weights, importance, groups, elements, per_row, size, block)
     low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     best = tl.load(scales + group, mask=there, other=0.0)
     best_zero = tl.load(zeros + group, mask=there, other=0.0)
-    unit = tl.where(best != 0, 1.0 / tl.where(best != 0, best, 1.0), 0.0)
-    least = tl.where(tl.abs(best) > TINY, WORST, 0.0)
+    unit, least = _begun(best)
     top = tl.zeros([block], tl.float32) + most
     for k in range(-1, tried + 3):
         # the pair to begin with, the candidates, then the best of them and its neighbours

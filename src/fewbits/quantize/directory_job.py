@@ -45,7 +45,7 @@ from fewbits.quantize.directory import (
 from fewbits.quantize.directory_budget import as_size, check_room, mixture_of, within_budget
 from fewbits.quantize.execute import QuantizeReport
 from fewbits.quantize.facts import common_facts, text_facts
-from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, split_sources
+from fewbits.quantize.importances import CHUNKS, CONTEXT, Progress, calibration_device, split_sources
 from fewbits.quantize.memory_need import directory_limits, text_run
 from fewbits.quantize.onnx_job import graph_files, without_nulls
 from fewbits.spill import Spill
@@ -139,7 +139,7 @@ class DirectoryJob:
         dtype = plain_dtype(stored, chosen.layout)
         chosen = chosen.for_floats(dtype)
         text = _read(model, texts, chunks) if texts and (chosen.calibrated or budget) else None
-        device = _device(device, text is not None and chosen.calibrated, chosen.name)
+        device = calibration_device(device, text is not None and chosen.calibrated, chosen.name)
         saved = Plan.load(edited) if edited else None
         calibrates = text if chosen.calibrated else None
         request = DirectoryRequest(chosen, tuple(keep), max_shard_size or MAX_SHARD_SIZE, calibrates, saved, effort)
@@ -411,17 +411,6 @@ def _budget_flags(budget: Budget) -> list[str]:
 
 def _flags(flag: str, values: Sequence[object]) -> list[str]:
     return [word for value in values for word in (flag, str(value))]
-
-
-def _device(wanted: str, calibrated: bool, target: str) -> str:
-    """The device that calibration runs on."""
-    if calibrated:
-        from fewbits.calibration.run import resolve_device  # imports torch, which data-free targets do without
-
-        return resolve_device(wanted)
-    if wanted != "cpu":
-        raise FewbitsError(f"{target}: nothing is calibrated, so --device has no effect.", "Leave it out.")
-    return "cpu"
 
 
 def _read(model: Model, texts: Sequence[Path], chunks: int | None) -> CalibrationText:

@@ -33,6 +33,7 @@ from fewbits.quantize.importances import (
     Importances,
     Progress,
     calibrate_texts,
+    calibration_device,
     importances_of,
     promised,
     split_sources,
@@ -124,7 +125,7 @@ class GGUFJob:
                 "Make one file of both: `fewbits calibrate MODEL --text TEXT --merge STATISTICS -o BOTH`; or leave "
                 "--effort at default.",
             )
-        device = _device(device, bool(texts), target, workers)
+        device = calibration_device(device, bool(texts), target, workers)
         source = gguf_source(open_checkpoint(model), pre_tokenizer)
         if budget and budget.like:
             mixture = replace(request.mixture, has_imatrix=bool(calibration))
@@ -301,16 +302,3 @@ class GGUFJob:
         if work:
             work.keep(PLAN, spent.model_dump_json().encode())
         return spent
-
-
-def _device(wanted: str, texts: bool, target: str, workers: Workers | None) -> str:
-    """The device that texts run on."""
-    if not texts:
-        if wanted not in ("cpu", "auto"):
-            raise FewbitsError(f"{target}: no text is calibrated with, so --device has no effect.", "Leave it out.")
-        return "cpu"
-    if wanted == "auto" and workers:
-        return "cpu"
-    from fewbits.calibration.run import resolve_device  # imports torch, which most runs do without
-
-    return resolve_device(wanted)

@@ -192,3 +192,20 @@ def uses_importances(tensor: PlannedTensor) -> bool:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES]) + (", ..." if len(names) > NAMES else "")
+
+
+def calibration_device(wanted: str, calibrated: bool, target: str, workers: Workers | None = None) -> str:
+    """The device that texts run on: `cpu` or `cuda`; on a cluster nobody asked for a GPU by `auto`.
+
+    Raises:
+        FewbitsError: no text runs, or there is no such device.
+    """
+    if not calibrated:
+        if wanted != "cpu":
+            raise FewbitsError(f"{target}: no text is calibrated with, so --device has no effect.", "Leave it out.")
+        return "cpu"
+    if wanted == "auto" and workers:
+        return "cpu"
+    from fewbits.calibration.run import resolve_device  # imports torch, which most runs do without
+
+    return resolve_device(wanted)
