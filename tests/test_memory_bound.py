@@ -11,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fewbits import api
 from fewbits.calibration.collect import BlockRecorder
-from fewbits.calibration.memory_need import Block, TextRun
+from fewbits.calibration.memory_need import SPILLED, Block, TextRun
 from fewbits.calibration.run import calibrate
+from fewbits.checkpoint import open_model
 from fewbits.errors import FewbitsError
 from fewbits.forward import streamed
 from fewbits.limits import HESSIANS, Limits, largest
 from fewbits.methods import factorize, inverse_cholesky
 from fewbits.quantize.directory_job import DirectoryJob
 from fewbits.quantize.gguf_job import GGUFJob
+from fewbits.quantize.memory_need import text_run
 from fewbits.spill import Spill
 from tiny_models import save_tiny
 
@@ -114,6 +117,28 @@ def test_what_experts_need_is_what_a_round_takes() -> None:
     assert every - usual == 4 * 4096**2 * (128 - 64)
     one = run.limits(usual - 4 * 4096**2 * 60, None, 1)
     assert one.parked is None and one.hessians < HESSIANS
+
+
+def test_gptq_of_a_70b_fits_into_four_blocks_and_two_gigabytes(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """Blocks as they are stored, bfloat16; linears lie in files then."""
+    sparse = runpy.run_path(str(ROOT / "benchmarks" / "large_shapes.py"))
+    shape = argparse.Namespace(hidden=8192, ff=28672, vocabulary=128_256, layers=1, heads=64, kv_heads=8)
+    model = open_model(sparse["make_sparse"](tmp_path / "model", shape))
+    long = tmp_path / "long.txt"
+    long.write_text(3 * texts[0].read_text(encoding="utf-8"), encoding="utf-8")
+    run = text_run(api.plan(model.path, "gptq:w4g128", calibration=long), model, 60, 512, tunes=False)
+    limits = run.limits(4 * 2 * run.block.weights + 2_000_000_000, tmp_path, 2)
+    assert limits.spill.scarce
+    linears = [m.weight.numel() for m in streamed.StreamedModel(model).layers[0].modules() if isinstance(m, nn.Linear)]
+    assert run.block.filed == sum(size for size in linears if 4 * size > SPILLED) > 0.9 * run.block.weights
+
+
+@pytest.mark.parametrize("above", [100, 1 << 30])
+def test_where_memory_is_scarce_linears_lie_in_files(above: int, tmp_path: Path) -> None:
+    model = open_model(save_tiny(tmp_path / "model", "llama", LONG))
+    spill = Spill(above, tmp_path)
+    block = streamed.StreamedModel(model, spill=spill).block(0)
+    assert len(spill._mapped) == (0 if above > 100 else len(list(block.parameters())))
 
 
 def files(made: Path) -> list[Path]:

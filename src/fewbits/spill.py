@@ -33,6 +33,11 @@ class Spill:
     folder: Path | None = None
     _mapped: weakref.WeakSet[mmap.mmap] = field(default_factory=weakref.WeakSet, compare=False)
 
+    @property
+    def scarce(self) -> bool:
+        """Whether memory is bounded so narrowly that all goes to files that can."""
+        return self.above < SPILL_BYTES
+
     def empty(self, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> npt.NDArray[Any]:
         """An array of this shape, its values not set.
 

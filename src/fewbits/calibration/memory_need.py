@@ -38,6 +38,7 @@ class Block:
         widest: the linear with most columns.
         outside: shape of the largest tensor outside of the blocks: the embeddings, or the head.
         scores: attention scores of a token that are held at once.
+        filed: parameters of those linears that go to files where memory is scarce.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Block:
     widest: str
     outside: tuple[int, ...]
     scores: int
+    filed: int = 0
 
     @staticmethod
     def of(model: Model, context: int) -> Block:
@@ -75,6 +77,7 @@ class Block:
             max(columns, key=lambda name: columns[name]),
             max(others, key=prod),
             int(heads) * context if model.config.get("attn_logit_softcapping") else 0,
+            sum(prod(shapes[x.weight]) for x in linears if x.plain and 4 * prod(shapes[x.weight]) > SPILLED),
         )
 
     @property
@@ -131,8 +134,10 @@ class TextRun:
         # what goes to a file is read by rows
         yield Need("the embedding", program | {"weights": 4 * SPILLED if embedding > spilled else 3 * embedding // 2})
         kept = 4 * tokens * hidden
+        # of linears in files one is in memory; tuning and folded scales go through all of them
+        filed = block.filed if limits.spill.scarce and not (self.gradients or self.all_inputs) else 0
         base = program | {
-            "block": 4 * block.weights,
+            "block": 4 * (block.weights - filed + (block.matrix if filed else 0)),
             "activations": (1 + self.copies) * (4 * batch * hidden if kept > spilled else kept),
         }
         # also as read, or rounded to bfloat16

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fewbits.codecs import CODECS
 from fewbits.errors import FewbitsError
 from fewbits.spill import Spill
 
@@ -214,8 +215,13 @@ class StreamedModel:
         return f"{self.skeleton.base_model_prefix}.{self.layers_name}.{index}"
 
     def block(self, index: int) -> nn.Module:
-        """A decoder block with its weights in memory."""
-        return self.materialize(self.layers[index], self.block_path(index))
+        """A decoder block with its weights in memory; where that is scarce, those of large linears are in files, one
+        of them in memory at a time."""
+        block = self.materialize(self.layers[index], self.block_path(index), spilled=self.spill.scarce)
+        for module in block.modules():
+            if self.spill.scarce and isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda *_: self.spill.forget())
+        return block
 
     def run_block(self, index: int, block: nn.Module, stream: Stream, device: str = "cpu") -> None:
         """Take all windows through a block that lies on a device; the windows stay where they are."""
@@ -368,7 +374,8 @@ class StreamedModel:
         """A copy of a meta module with its weights read and its buffers computed.
 
         Args:
-            spilled: whether weights that are too large for memory go to a file: of embeddings few rows are used.
+            spilled: whether weights that are too large for memory go to a file, e.g. embeddings, of which few rows are
+                used.
         """
         module = copy.deepcopy(meta)
         for part in module.modules():
@@ -413,7 +420,8 @@ class StreamedModel:
 
     def _spilled(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         out = self.activations(shape)
-        step = max(1, ROWS_WEIGHTS // prod(shape[1:]))
+        # what is decoded as a whole would be kept for the next rows
+        step = max(1, ROWS_WEIGHTS // prod(shape[1:])) if self.model.dtype(name) in CODECS else shape[0]
         for start in range(0, shape[0], step):
             rows = np.ascontiguousarray(self.model.read(name, slice(start, start + step)), np.float32)
             out[start : start + step] = self.round(torch.from_numpy(rows))

@@ -245,6 +245,7 @@ class BlockwiseRun:
         for name, arrays in in_order(tasks, workers.ahead if workers else 1):
             self._keep(name, arrays)
             views[name].copy_(torch.from_numpy(self._decoded(name, arrays, views[name])))
+            self.streamed.spill.forget()
 
     def _tasks(
         self, inputs: Inputs, expert: int, views: Mapping[str, torch.Tensor], workers: Workers | None
@@ -252,7 +253,7 @@ class BlockwiseRun:
         """The weights of one expert, and what hands each out."""
         names = inputs.of_expert(expert)
         # engines fuse what has the same input
-        amax = max(float(views[name].abs().max()) for name in names)
+        amax = max(self._amax(views[name]) for name in names)
         known = self._known(inputs, expert)
         known = replace(known, amax=amax)
         job = workers.job(StagePacker(known, self.rough)) if workers else None
@@ -264,6 +265,11 @@ class BlockwiseRun:
                 yield name, partial(job.submit, name, name, weights, self.layouts[name], self.planned[name])
             else:
                 yield name, partial(Deferred, partial(self._make, name, weights, known))
+
+    def _amax(self, weights: torch.Tensor) -> float:
+        low, high = weights.aminmax()
+        self.streamed.spill.forget()
+        return max(float(high), -float(low))
 
     def _known(self, inputs: Inputs, expert: int) -> Known:
         """What is known of one input, which is forgotten."""
