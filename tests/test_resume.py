@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewbits
+from fewbits import api
 from fewbits.calibration.run import calibrate
 from fewbits.errors import FewbitsError
 from fewbits.formats import journal
@@ -231,6 +232,29 @@ def test_an_interrupt_in_the_last_step(
     assert not (out / "out.partial").exists()
     truth, found = contents(tmp_path / "whole"), contents(out)
     assert truth == found
+
+
+@pytest.mark.parametrize("target", ["Q4_0", "bnb:nf4"])
+def test_an_interrupt_while_reading_back_is_made_good(
+    target: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has its name already is still read back by the next run, and found faulty."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(api, "check_made", stop)
+        fewbits.quantize(model, target, out, threads=1)
+    file = out if out.is_file() else next(out.glob("*.safetensors"))
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size - 100)
+    with pytest.raises(FewbitsError, match="faulty"):
+        fewbits.quantize(model, target, out, threads=1)
+    assert not out.exists()
+    fewbits.quantize(model, target, out, threads=1)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_another_command_is_refused_and_told_why(model: Path, text: Path, tmp_path: Path) -> None:

@@ -246,10 +246,12 @@ def quantize(
                 *(source, request, pre_tokenizer, texts, calibration_chunks, folder, budget, threads, progress),
                 *(effort, workers, device),
             )
-            report = replace(made, max_memory=max_memory).execute(overwrite)
-            if verify:
-                files = [place.with_name(file.name) for file in report.files]
-                check_made(files, threads if max_memory is None else 1, progress)
+            made = replace(made, max_memory=max_memory)
+            with made.work_folder(overwrite) as work:
+                report = made.execute(work, overwrite)
+                if verify:
+                    files = [place.with_name(file.name) for file in report.files]
+                    check_made(files, threads if max_memory is None else 1, progress)
             return report
         check_directory_output(place, overwrite, None if is_url(source) else Path(source))
         saved, measured = (Path(file) if file else None for file in (edited, measurement))

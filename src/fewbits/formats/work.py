@@ -192,7 +192,8 @@ class WorkFolder:
         self._resumed = len(self.journal.entries) > 1
 
     def _worth_keeping(self, error: BaseException) -> bool:
-        done = any(CHECKSUM in entry for entry in self.journal.entries) or any(self.path.rglob("after-*"))
+        done = any({CHECKSUM, PUBLISHED} & {*entry} for entry in self.journal.entries)
+        done = done or any(self.path.rglob("after-*"))
         foreign = not isinstance(error, FewbitsError) or isinstance(error, DiskError)
         return done and (foreign or self._resumed or time.monotonic() - self._started > VALUABLE)
 

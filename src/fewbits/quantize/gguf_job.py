@@ -151,19 +151,22 @@ class GGUFJob:
             statistics = self._run(None)
         return self._made(statistics, file)[1]
 
-    def execute(self, overwrite: bool) -> QuantizeReport:
-        """Make the file; texts are run first, and what they give is kept beside it."""
-        # whatever would refuse the result should do so before weights are read and texts run
+    def work_folder(self, overwrite: bool) -> WorkFolder:
+        """Around `execute`: what an interrupted run has left is gone on from.
+
+        Raises:
+            FewbitsError: the result would be refused; said before weights are read and texts run.
+        """
         if self.request.split_max_size is None:  # the names of a set depend on how many there are
             check_output(self.output, overwrite)
         if self.calibration:
             promised(self.model, self.calibration, self.output, self.chunks, overwrite or published(self.output))
-        with WorkFolder(self.output, self.facts, overwrite) as work:
-            if work.report is not None:
-                return QuantizeReport.model_validate(work.report)
-            return self._executed(work, overwrite)
+        return WorkFolder(self.output, self.facts, overwrite)
 
-    def _executed(self, work: WorkFolder, overwrite: bool) -> QuantizeReport:
+    def execute(self, work: WorkFolder, overwrite: bool) -> QuantizeReport:
+        """Make the file; texts are run first, and what they give is kept beside it."""
+        if work.report is not None:
+            return QuantizeReport.model_validate(work.report)
         started = time.monotonic()
         if not self.calibration:
             plan = self._made(None, self.output, work)[1]
