@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def test_of_a_damaged_journal_the_beginning_counts(
 @given(st.binary(max_size=200))
 def test_garbage_is_no_journal(data: bytes) -> None:
     assert parsed(data) == ([], 0)
+
+
+@pytest.mark.parametrize("text", [b"5", b"[]", b"{", b"[" * 100_000])
+def test_a_line_that_holds_something_else_ends_the_journal(text: bytes) -> None:
+    good = b'%08x {"a": 1}\n' % zlib.crc32(b'{"a": 1}')
+    assert parsed(good + b"%08x %s\n" % (zlib.crc32(text), text)) == ([{"a": 1}], len(good))
 
 
 # --- facts ---

@@ -70,7 +70,13 @@ def parsed(data: bytes) -> tuple[list[Entry], int]:
         mark, _, text = data[size:end].partition(b" ")
         if mark != _mark(text):
             break
-        entries.append(json.loads(text))
+        try:
+            entry = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
         size = end + 1
     return entries, size
 
