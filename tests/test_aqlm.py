@@ -28,7 +28,7 @@ from fewbits.kernels.additive import nearest_pairs, nearest_words
 from fewbits.layouts.aqlm import AQLM as AQLMLayout
 from fewbits.layouts.aqlm import unwrap, wrap
 from fewbits.layouts.base import Part
-from fewbits.methods import Known
+from fewbits.methods import Known, aqlm_torch
 from fewbits.methods.aqlm import AQLM, prepare
 from fewbits.quantize.tuning import Tuning
 from tiny_models import save_tiny
@@ -145,6 +145,31 @@ def test_more_effort_loses_less_and_threads_change_nothing() -> None:
     with ThreadPoolExecutor(2) as pool:
         other = AQLM.make(weights, TWO, known, pool)
     assert all(np.array_equal(getattr(found, part), getattr(other, part)) for part in ("codes", "codebooks", "scales"))
+
+
+@pytest.mark.parametrize("kind", [Additive(2, 6, 8), Additive(1, 8, 16), Additive(3, 5, 8)], ids=lambda kind: kind.name)
+def test_a_device_does_as_well(kind: Additive) -> None:
+    """The device is torch's processor by another name: what is computed is a GPU's."""
+    weights, hessian = layer(96, 160)
+    here = AQLM.make(weights, kind, Known(hessian=hessian))
+    there = AQLM.make(weights, kind, Known(hessian=hessian, device="cpu:0"))
+    assert loss(there, weights, hessian) == pytest.approx(loss(here, weights, hessian), rel=0.02)
+
+
+def test_on_a_device_the_search_finds_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is looked at together."""
+    random = np.random.default_rng(1)
+    targets, words = (
+        torch.from_numpy(random.standard_normal(size).astype(np.float32)) for size in ((50, 8), (2, 16, 8))
+    )
+    halves = 0.5 * words.square().sum(2)
+    distances = (targets[:, None] - words[0]).square().sum(2)
+    sums = (targets[:, None, None] - words[0][:, None] - words[1]).square().sum(3).flatten(1)
+    for scores in (1, 700, 1 << 20):
+        monkeypatch.setattr(aqlm_torch, "SCORES", scores)
+        assert torch.equal(aqlm_torch.nearest_words(targets, words[0], halves[0]), distances.argmin(1))
+        one, other = aqlm_torch.nearest_pairs(targets, words, halves)
+        assert torch.equal(16 * one + other, sums.argmin(1))
 
 
 def test_odd_matrices_and_hessians() -> None:

@@ -203,6 +203,17 @@ def test_feedback_loses_less_than_rounding_and_sweeps_less_still(bits: int) -> N
         assert loss(other.decode(), weights, hessian) > swept
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_device_does_as_well(bits: int) -> None:
+    """The device is torch's processor by another name: what is computed is a GPU's."""
+    weights, hessian = layer(64, 64)
+    here, there = (QuIP.make(weights, LatticeE8(bits), Known(hessian=hessian, device=at)) for at in ("cpu", "cpu:0"))
+    assert (here.codes == there.codes).mean() > 0.99
+    assert loss(there.decode(), weights, hessian) == pytest.approx(loss(here.decode(), weights, hessian), rel=1e-3)
+    alone = QuIP.make(weights, LatticeE8(bits), Known(device="cpu:0"))
+    assert (QuIP.make(weights, LatticeE8(bits), Known()).codes == alone.codes).all()
+
+
 def test_the_result_does_not_depend_on_threads() -> None:
     weights, hessian = layer(576, 64)
     kind, known = LatticeE8(3), Known(hessian=hessian)

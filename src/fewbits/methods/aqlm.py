@@ -26,6 +26,7 @@ from fewbits.codecs.storage import StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.additive import add_words, collect_words, count_words, nearest_pairs, nearest_words
 from fewbits.methods.base import Effort, Known, Method
+from fewbits.methods.ldlq import check_hessian, factored
 
 DAMPING = 0.025
 """Added to the Hessian's diagonal, times its mean: of 0.003 to 0.1 what loses least of text not looked at, on matrices
@@ -50,6 +51,8 @@ LARGE, LARGE_STEPS = 4096, 1
 """... and its steps for codebooks of at least so many codewords, which take as long as a round each."""
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.integer]
+Search = Callable[[Floats, Floats], Indices]
 T = TypeVar("T")
 
 
@@ -76,33 +79,25 @@ class Moments:
         return self.own.shape[1]
 
 
-def prepare(hessian: Floats, group: int, damping: float = DAMPING) -> Moments:
-    """Damp and decompose a Hessian, float32 [in, in].
+def prepare(hessian: Floats, group: int, damping: float = DAMPING, device: str = "cpu") -> Moments:
+    """Damp and decompose a Hessian, float32 [in, in], on a device of torch.
 
     Raises:
         FewbitsError: it is not finite and positive, however much it is damped.
     """
+    check_hessian(hessian)
     diagonal = hessian.diagonal().astype(np.float64)
-    if not np.isfinite(hessian).all() or diagonal.min() < 0:
-        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
     mean = float(diagonal.mean()) or 1.0
     damped = hessian.astype(np.float64) / mean
     for attempt in range(RETRIES):
         np.fill_diagonal(damped, diagonal / mean + damping * 2**attempt)
-        try:
-            lower = np.linalg.cholesky(damped)
+        if found := factored(damped, group, device):
             break
-        except np.linalg.LinAlgError:
-            continue
     else:
         raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
-    count = len(damped) // group
-    spread, own = np.empty((count, group, group)), np.empty((count, group, group))
-    for block in range(count):
-        here = slice(block * group, (block + 1) * group)
-        own[block], spread[block] = damped[here, here], lower[here, here]
-        lower[here.start :, here] = np.linalg.solve(spread[block].T, lower[here.start :, here].T).T
-    single = (damped, lower, spread, np.linalg.cholesky(own), np.linalg.inv(own))
+    at = np.arange(len(damped) // group)
+    own = damped.reshape(len(at), group, len(at), group)[at, :, at]
+    single = (damped, *found, np.linalg.cholesky(own), np.linalg.inv(own))
     return Moments(*(np.ascontiguousarray(part, np.float32) for part in single))
 
 
@@ -186,24 +181,30 @@ def improve(weights: Floats, words: Floats, moments: Moments, codes: Codes, deco
             codes[:, block], decoded[:, here] = chosen, found
 
 
-def means(vectors: Floats, count: int, random: np.random.Generator) -> Floats:
+def means(vectors: Floats, count: int, random: np.random.Generator, search: Search) -> Floats:
     """k-means: float32 [count, group] of vectors [n, group]."""
     group = vectors.shape[1]
     most = count * MEANS_SAMPLES
     if len(vectors) > most:
         vectors = vectors[random.choice(len(vectors), most, replace=False)]
     words = vectors[random.choice(len(vectors), count, replace=len(vectors) < count)]
-    found = np.empty(len(vectors), np.uint16)
     steps = LARGE_STEPS if count >= LARGE else MEANS_STEPS
     for _ in range(steps if len(vectors) > count else 0):
-        nearest_words(vectors, words, 0.5 * np.square(words).sum(axis=1), found)
+        found = search(vectors, words)
         sizes = np.bincount(found, minlength=count)
         sums = np.stack([np.bincount(found, vectors[:, i], count) for i in range(group)], axis=1)
         words = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], words).astype(np.float32)
     return words
 
 
-def residual_means(weights: Floats, kind: Additive) -> Floats:
+def nearest_word(vectors: Floats, words: Floats) -> Indices:
+    """Which of some codewords [codewords, group] is nearest to each vector [n, group]."""
+    found = np.empty(len(vectors), np.uint16)
+    nearest_words(vectors, words, 0.5 * np.square(words).sum(axis=1), found)
+    return found
+
+
+def residual_means(weights: Floats, kind: Additive, search: Search = nearest_word) -> Floats:
     """The first codebooks: of the weights, then of what is left of them, and so on."""
     random = np.random.default_rng(kind.words + kind.books)
     left = weights.reshape(-1, kind.group)
@@ -211,12 +212,10 @@ def residual_means(weights: Floats, kind: Additive) -> Floats:
     if len(left) > most:
         left = left[random.choice(len(left), most, replace=False)]
     words = np.empty((kind.books, kind.words, kind.group), np.float32)
-    found = np.empty(len(left), np.uint16)
     for book in range(kind.books):
         if book:
-            nearest_words(left, words[book - 1], 0.5 * np.square(words[book - 1]).sum(axis=1), found)
-            left = left - words[book - 1, found]
-        words[book] = means(left, kind.words, random)
+            left = left - words[book - 1, search(left, words[book - 1])]
+        words[book] = means(left, kind.words, random, search)
     return words
 
 
@@ -291,21 +290,7 @@ class Fit:
     def refit(self, steps: int = STEPS) -> None:
         """Codebooks by preconditioned conjugate gradients from where they are."""
         inverse = self._preconditioner()
-
-        def pulled(words: Floats, of_weights: bool) -> Doubles:
-            """The normal equations' left side, or right side minus left."""
-
-            def part(rows: slice) -> Floats:
-                decoded = self.decode(rows, words, self.scales)
-                if of_weights:
-                    decoded = self.weights[rows] - decoded
-                out = np.zeros_like(words)
-                collect_words(self.codes[rows], decoded @ self.moments.hessian, self.scales[rows], out)
-                return out
-
-            return _total(self.each(part), words.shape)
-
-        residual = pulled(self.words, True)
+        residual = self.pulled(self.words, True)
         words = self.words.astype(np.float64)
         ahead = np.einsum("bwij,bwj->bwi", inverse, residual)
         direction, size = ahead, float(np.vdot(residual, ahead))
@@ -313,7 +298,7 @@ class Fit:
         for _ in range(steps):
             if not size > enough:
                 break
-            curved = pulled(direction.astype(np.float32), False)
+            curved = self.pulled(direction.astype(np.float32), False)
             bend = float(np.vdot(direction, curved))
             if not bend > 0:  # weights whose squares are too small for float32
                 break
@@ -325,11 +310,29 @@ class Fit:
             direction = ahead + size / before * direction
         self.words = words.astype(np.float32)
 
+    def pulled(self, words: Floats, of_weights: bool) -> Doubles:
+        """The normal equations' left side for some codebooks, or their right side minus left."""
+
+        def part(rows: slice) -> Floats:
+            decoded = self.decode(rows, words, self.scales)
+            if of_weights:
+                decoded = self.weights[rows] - decoded
+            out = np.zeros_like(words)
+            collect_words(self.codes[rows], decoded @ self.moments.hessian, self.scales[rows], out)
+            return out
+
+        return _total(self.each(part), words.shape)
+
+    def used(self) -> Floats:
+        """The squares of the scales with which codewords are used in each group, [codebooks, codewords, groups]."""
+        found = np.zeros((*self.words.shape[:2], self.codes.shape[1]), np.float32)
+        count_words(self.codes, np.square(self.scales), found)
+        return found
+
     def _preconditioner(self) -> Doubles:
         """Inverses of the blocks of single codewords in the normal equations: [codebooks, codewords, group, group]."""
         books, count, group = self.words.shape
-        own, used = self.moments.own, np.zeros((books, count, self.codes.shape[1]), np.float32)
-        count_words(self.codes, np.square(self.scales), used)
+        own, used = self.moments.own, self.used()
         blocks = used @ (own @ own.transpose(0, 2, 1)).reshape(len(own), -1)
         blocks = blocks.astype(np.float64).reshape(books, count, group, group)
         ridge = 1e-6 * blocks.diagonal(axis1=2, axis2=3).mean() + 1e-30
@@ -358,8 +361,14 @@ class AQLM(Method):
         hessian = np.eye(columns, dtype=np.float32) if known.hessian is None else known.hessian
         scales = np.sqrt(np.einsum("oi,oi->o", weights, weights) / columns)
         codes = np.zeros((rows, columns // kind.group, kind.books), np.uint16)
-        fit = Fit(weights, prepare(hessian, kind.group), np.empty(0, np.float32), codes, scales, pool)
-        fit.words = residual_means(fit.normalized(slice(None)), kind)
+        moments = prepare(hessian, kind.group, device=known.device)
+        fit, search = Fit(weights, moments, np.empty(0, np.float32), codes, scales, pool), nearest_word
+        if known.device != "cpu":
+            from fewbits.methods import aqlm_torch  # imports torch
+
+            fit = aqlm_torch.DeviceFit(weights, moments, fit.words, codes, scales, None, known.device)
+            search = fit.nearest_word
+        fit.words = residual_means(fit.normalized(slice(None)), kind, search)
         for _ in range(FEEDS):
             fit.feed()
             fit.refit()

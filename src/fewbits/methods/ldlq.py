@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from fewbits.codecs.trellis import HADAMARD, Trellis, TrellisCoded, codebook, ro
 from fewbits.errors import FewbitsError
 from fewbits.kernels.trellis import STEPS, TILE
 from fewbits.methods.base import Known, Method
+
+if TYPE_CHECKING:
+    import torch
 
 DAMPING = 0.025
 """Added to the Hessian's diagonal, times its mean, as exllamav3 does."""
@@ -44,6 +47,7 @@ DISTORTION = {1: 0.277, 2: 0.0685, 3: 0.01742, 4: 0.00444, 5: 0.00116, 6: 0.0003
 """... the mean square of what is lost, in that of what is coded (tests/test_exl3.py)."""
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Array = TypeVar("Array", Floats, "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -98,31 +102,48 @@ def decompose(
     Raises:
         FewbitsError: the Hessian is not finite and positive, however much it is damped.
     """
-    diagonal = hessian.diagonal().astype(np.float64)
-    if not np.isfinite(hessian).all() or diagonal.min() < 0:
-        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
+    check_hessian(hessian)
     for attempt in range(RETRIES):
         added = damping * 10**attempt
-        rotated = rotate_hessian(hessian, scales, added, rotation)
-        if device != "cpu":
-            from fewbits.methods import ldlq_torch  # imports torch
-
-            found = ldlq_torch.decomposed(rotated, block, device)
-            if found is None:
-                continue
-            return Decomposed(*found, added)
-        try:
-            lower = np.linalg.cholesky(rotated)
-        except np.linalg.LinAlgError:
-            continue
-        spread = np.empty(scales.size // block)
-        for index in range(spread.size):
-            here = slice(index * block, (index + 1) * block)
-            own = lower[here, here].copy()
-            spread[index] = np.square(own).sum()
-            lower[here.start :, here] = np.linalg.solve(own.T, lower[here.start :, here].T).T
-        return Decomposed(lower.astype(np.float32), spread, added)
+        found = factored(rotate_hessian(hessian, scales, added, rotation), block, device)
+        if found:
+            return Decomposed(found[0], np.square(found[1]).sum(axis=(1, 2)), added)
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
+
+
+def check_hessian(hessian: Floats) -> None:
+    """Raises:
+    FewbitsError: it is not finite, or an input's energy is less than nothing.
+    """
+    if not np.isfinite(hessian).all() or hessian.diagonal().min() < 0:
+        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
+
+
+def factored(hessian: Doubles, block: int, device: str = "cpu") -> tuple[Floats, Doubles] | None:
+    """H = L D L^T in blocks.
+
+    Args:
+        hessian: float64 [columns, columns].
+        device: of torch, where it is factored.
+
+    Returns:
+        L, float32 [columns, columns], unit matrices in the blocks on its diagonal, and the lower Cholesky factors of
+        D's blocks, float64 [columns / block, block, block]; None where H is not positive.
+    """
+    if device != "cpu":
+        from fewbits.methods import ldlq_torch  # imports torch
+
+        return ldlq_torch.factored(hessian, block, device)
+    try:
+        lower = np.linalg.cholesky(hessian)
+    except np.linalg.LinAlgError:
+        return None
+    own = np.empty((len(hessian) // block, block, block))
+    for index in range(len(own)):
+        here = slice(index * block, (index + 1) * block)
+        own[index] = lower[here, here]
+        lower[here.start :, here] = np.linalg.solve(own[index].T, lower[here.start :, here].T).T
+    return lower.astype(np.float32), own
 
 
 def rotate_hessian(hessian: Floats, scales: Floats, damping: float, rotation: Rotation) -> Doubles:
@@ -250,7 +271,7 @@ class LDLQ(Method):
         else:
             from fewbits.methods import ldlq_torch  # imports torch
 
-            states, coded = ldlq_torch.feed(regular.noise, lower, kind, known.device)
+            states, coded = ldlq_torch.coded(regular.noise, lower, kind, known.device)
         regular = refit(weights, regular, lambda rows: regular.decode(coded[rows], rows), known.hessian)
         return TrellisCoded(kind, kind.pack(states), half(regular.inputs), half(regular.outputs))
 
@@ -289,14 +310,16 @@ def _feed(noise: Floats, lower: Floats | None, kind: Trellis) -> tuple[npt.NDArr
 
 
 def feed_back(
-    noise: Floats,
-    gains: Floats | None,
-    code: Callable[[int, Floats], Floats],
+    noise: Array,
+    gains: Array | None,
+    code: Callable[[int, Array], Array],
     block: int,
     together: int,
-    before: Floats | None = None,
-) -> Floats:
+    before: Array | None = None,
+) -> Array:
     """Code blocks of inputs from the last to the first, each with what makes up for the others' errors.
+
+    All arrays are NumPy's, or all are tensors on one device.
 
     Args:
         noise: float32 [out, in].
@@ -312,21 +335,21 @@ def feed_back(
         float32 [out, in], what all blocks have become.
     """
     columns, again = noise.shape[1], before is not None
-    coded = np.empty_like(noise) if before is None else before.copy()
-    missed: Floats = np.zeros_like(noise) if before is None else noise - before
+    coded = abs(noise) * 0 if before is None else before + 0
+    missed = abs(noise) * 0 if before is None else noise - before
     for stop in range(columns, 0, -together):
         start = stop - together
-        target = noise[:, start:stop].copy()
+        target = noise[:, start:stop] + 0
         if gains is not None:
             target += missed[:, stop:] @ gains[stop:, start:stop]
             if again:
                 target += missed[:, :start] @ gains[:start, start:stop]
         for first in range(stop - block, start - 1, -block):
             here = slice(first, first + block)
-            now: Floats = target[:, first - start : first - start + block]
+            now = target[:, first - start : first - start + block] + 0
             if gains is not None:
                 near = slice(start if again else first + block, stop)
-                now = now + missed[:, near] @ gains[near, here]
+                now += missed[:, near] @ gains[near, here]
             coded[:, here] = code(first, now)
             missed[:, here] = noise[:, here] - coded[:, here]
     return coded

@@ -9,34 +9,26 @@ import torch
 
 from fewbits.codecs.trellis import HADAMARD, Trellis, codebook, tile_order
 from fewbits.kernels.trellis import STEPS, TILE
+from fewbits.methods.ldlq import feed_back
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 
-def decomposed(hessian: Doubles, block: int, device: str) -> tuple[Floats, Doubles] | None:
-    """L of H = L D L^T, in blocks.
-
-    Args:
-        hessian: float64 [columns, columns].
-
-    Returns:
-        float32 [columns, columns], and the trace of each block of D, float64 [columns / block]; None where the matrix
-        is not positive.
-    """
+def factored(hessian: Doubles, block: int, device: str) -> tuple[Floats, Doubles] | None:
+    """`ldlq.factored` there."""
     lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(hessian).to(device))
     if failed:
         return None
     size = len(lower)
     panels = lower.view(size, -1, block).transpose(0, 1)  # [blocks, columns, block]
     own = lower.view(-1, block, size // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    spread = own.square().sum((1, 2))
     unit = torch.linalg.solve_triangular(own, panels, upper=False, left=False)
-    return unit.transpose(0, 1).reshape(size, size).float().cpu().numpy(), spread.cpu().numpy()
+    return unit.transpose(0, 1).reshape(size, size).float().cpu().numpy(), own.cpu().numpy()
 
 
-def feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tuple[npt.NDArray[np.uint16], Floats]:
-    """Code all outputs [out, in], blocks of 16 inputs from the last to the first: `ldlq.feed_back` with a trellis.
+def coded(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tuple[npt.NDArray[np.uint16], Floats]:
+    """Code all outputs [out, in], blocks of 16 inputs from the last to the first.
 
     Returns:
         States, uint16 [in / 16, out / 16, 256], and the values they stand for, float32 [out, in].
@@ -50,27 +42,19 @@ def feed(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tup
     wanted, table = torch.from_numpy(noise).to(device), torch.from_numpy(codebook(kind.codebook)).to(device)
     order = torch.from_numpy(tile_order()).to(device)
     gains = None if lower is None else torch.from_numpy(lower).to(device)
-    (rows, columns), coded = wanted.shape, torch.empty_like(wanted)
-    missed = torch.zeros_like(wanted)
+    rows, columns = wanted.shape
     states = torch.empty((columns // TILE, rows // TILE, STEPS), dtype=torch.int32, device=device)
-    for stop in range(columns, 0, -HADAMARD):
-        start = stop - HADAMARD
-        target = wanted[:, start:stop].clone()
-        if gains is not None:
-            target += missed[:, stop:] @ gains[stop:, start:stop]
-        for first in range(stop - TILE, start - 1, -TILE):
-            here, near = slice(first, first + TILE), slice(first + TILE, stop)
-            now = target[:, first - start : first - start + TILE]
-            if gains is not None:
-                now = now + missed[:, near] @ gains[near, here]
-            tiles = now.reshape(-1, TILE, TILE).transpose(1, 2).reshape(-1, STEPS)[:, order]
-            found = _states(viterbi_triton.walk(tiles, table, kind.bits), kind.bits)
-            states[first // TILE] = found
-            values = torch.empty_like(tiles)
-            values[:, order] = table[found]
-            coded[:, here] = values.view(-1, TILE, TILE).transpose(1, 2).reshape(-1, TILE)
-            missed[:, here] = wanted[:, here] - coded[:, here]
-    return states.cpu().numpy().astype(np.uint16), coded.cpu().numpy()
+
+    def code(first: int, now: torch.Tensor) -> torch.Tensor:
+        tiles = now.reshape(-1, TILE, TILE).transpose(1, 2).reshape(-1, STEPS)[:, order]
+        found = _states(viterbi_triton.walk(tiles, table, kind.bits), kind.bits)
+        states[first // TILE] = found
+        values = torch.empty_like(tiles)
+        values[:, order] = table[found]
+        return values.view(-1, TILE, TILE).transpose(1, 2).reshape(-1, TILE)
+
+    made = feed_back(wanted, gains, code, TILE, HADAMARD)
+    return states.cpu().numpy().astype(np.uint16), made.cpu().numpy()
 
 
 def _states(steps: torch.Tensor, bits: int) -> torch.Tensor:

@@ -69,10 +69,8 @@ class QuIP(Method):
             sweeps = SWEEPS[known.effort]
             again = rotate_hessian(hessian, scales, found.damping, WHOLE).astype(np.float32) if sweeps else None
             feedback = Feedback(found.lower, again, sweeps)
-        parts = [regular.noise[first : first + OUTPUTS] for first in range(0, len(weights), OUTPUTS)]
-        coded = list((pool.map if pool else map)(lambda part: _code(part, kind, feedback), parts))
-        codes = np.concatenate([codes for codes, _ in coded], axis=1)
-        decoded = regular.decode(np.concatenate([values for _, values in coded]))
+        codes, values = _coded(regular.noise, kind, feedback, known, pool)
+        decoded = regular.decode(values)
         regular = refit(weights, regular, lambda rows: decoded[rows], hessian)
         return LatticeCoded(kind, codes, half(regular.inputs), half(regular.outputs))
 
@@ -109,6 +107,19 @@ class Feedback:
         gains = np.linalg.solve(self.own, hessian.reshape(blocks, DIMENSIONS, -1))
         gains.reshape(blocks, DIMENSIONS, blocks, DIMENSIONS)[at, :, at] = 0
         self.others = np.ascontiguousarray(gains.reshape(hessian.shape).T)
+
+
+def _coded(
+    noise: Floats, kind: LatticeE8, feedback: Feedback | None, known: Known, pool: Executor | None
+) -> tuple[Codes, Floats]:
+    """Codes [stages, out, in / 8] and what they stand for, [out, in]."""
+    if known.device != "cpu":
+        from fewbits.methods import quip_torch  # imports torch
+
+        return quip_torch.coded(noise, kind, feedback, known.device)
+    parts = [noise[first : first + OUTPUTS] for first in range(0, len(noise), OUTPUTS)]
+    made = list((pool.map if pool else map)(lambda part: _code(part, kind, feedback), parts))
+    return np.concatenate([codes for codes, _ in made], axis=1), np.concatenate([values for _, values in made])
 
 
 def _code(noise: Floats, kind: LatticeE8, feedback: Feedback | None) -> tuple[Codes, Floats]:
