@@ -116,6 +116,21 @@ def test_the_codeword_chosen_is_the_best_of_all(name: str, again: bool) -> None:
         np.testing.assert_allclose(errors[:, row], change, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_device_chooses_the_same(name: str) -> None:
+    """The device is torch's processor by another name: what is computed is a GPU's. Sums in another order break ties."""
+    x, second = weights(6)[:, :256], hessian(256)
+    x[2, :32] = 0
+    made = []
+    for device in ("cpu", "cpu:0"):
+        factor = factorize(second, span=feedback_span(kind(name)), device=device)
+        known = Known(importance=second.diagonal().copy(), hessian=second, factor=factor, device=device)
+        made.append(GPTQ.make(x, Blocks(kind(name)), known).decode())
+    here, there = made
+    assert (here == there).mean() > 0.97
+    assert loss(there - x, second) == pytest.approx(loss(here - x, second), rel=0.01)
+
+
 @pytest.mark.parametrize("size", [4, 8])
 @pytest.mark.parametrize("signs", [UNSIGNED, FREE, EVEN])
 def test_every_codeword_can_be_chosen(size: int, signs: int) -> None:

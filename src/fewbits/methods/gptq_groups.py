@@ -10,6 +10,7 @@ the search alone leaves, feeding leaves 0.37 (IQ3_S) to 0.46 (IQ1_S); scales sea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,20 +79,37 @@ class _Job:
             values: what stands there; then each group is chosen once more for the errors that all others leave, which
                 is coordinate descent on the loss. Without, errors are passed on to the columns to come.
         """
-        again, span, size = values is not None, self.known.span, self.known.size
-        columns, rows = self.weights.shape
+        again, span, size, rows = values is not None, self.known.span, self.known.size, self.weights.shape[1]
         groups = self.factor.order[::size] // size
         # a group stands for scale * (offset + codeword)
         scale, shift = self.codec.scales(found), self.codec.scales(found) * self.codec.offsets(found)
         scale, shift = (np.ascontiguousarray(part.reshape(rows, -1).T[groups]) for part in (scale, shift))
-        words, minus = np.empty(scale.shape, np.int16), np.empty(scale.shape, np.uint8)
         if values is None:
-            matrix, values, left = self.factor.upper, np.zeros_like(self.weights), self.weights.copy()
+            matrix, values = self.factor.upper, np.zeros_like(self.weights)
             factors = _diagonal(matrix, span)
         else:
-            matrix, values, left = self.hessian, values.copy(), self.weights - values
+            matrix, values = self.hessian, values.copy()
             inverses = np.linalg.inv(_diagonal(matrix, span).astype(np.float64))
             factors = np.ascontiguousarray(np.linalg.cholesky(inverses).transpose(0, 2, 1), np.float32)
+        rounded = self._rounded if self.factor.device == "cpu" else self._rounded_there
+        words, minus = rounded(matrix, factors, scale, shift, values, again)
+        back, shape = np.argsort(groups), found.entries.shape
+        words, minus = words[back].T.reshape(shape), minus[back].T.reshape(shape)
+        return self.codec.with_codewords(found, words, minus), values
+
+    def _rounded(
+        self, matrix: Floats, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
+    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
+        """Codewords and the bits of their negative weights, [groups, rows].
+
+        Args:
+            matrix, factors: see `round_groups`, of all columns.
+            scale, shift: [groups, rows].
+            values: out: what the codewords stand for; again: in, too.
+        """
+        (columns, rows), span, size = self.weights.shape, self.known.span, self.known.size
+        words, minus = np.empty(scale.shape, np.int16), np.empty(scale.shape, np.uint8)
+        left = self.weights - values if again else self.weights.copy()
         errors = np.empty((COLUMNS, rows), np.float32)
         for start in range(0, columns, COLUMNS):
             stop = min(start + COLUMNS, columns)
@@ -106,9 +124,26 @@ class _Job:
                 left[here] = self.weights[here] - values[here]
             else:
                 left[stop:] -= matrix[here, stop:].T @ now
-        back, shape = np.argsort(groups), found.entries.shape
-        words, minus = words[back].T.reshape(shape), minus[back].T.reshape(shape)
-        return self.codec.with_codewords(found, words, minus), values
+        return words, minus
+
+    def _rounded_there(
+        self, matrix: Floats, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
+    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
+        """`_rounded` on the factor's device."""
+        import torch  # takes a second, which runs on the processor alone do without
+
+        from fewbits.methods.gptq_groups_torch import Rounding, tables
+
+        def there(part: npt.NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(part)).to(self.factor.device)
+
+        settled = (there(matrix), there(factors), there(scale.T), there(shift.T))
+        made = there(values.T)
+        job = Rounding(tables(*self.codec.vocabulary(), self.factor.device), *settled, again)
+        found = job.rounded(there(self.weights.T), made, COLUMNS)
+        values[:] = made.T.cpu().numpy()
+        words, minus = (part.T.cpu().numpy() for part in found)
+        return words, minus
 
     def fit_steps(self, found: Found, values: Floats) -> tuple[Found, Floats]:
         """Scale super-blocks so that their codewords lose least: least squares under the Hessian, row by row."""

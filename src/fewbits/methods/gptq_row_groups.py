@@ -25,6 +25,7 @@ from fewbits.kernels.row_groups import choose_codes, feed_group, free_scales, sc
 from fewbits.methods.base import Known
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 STRIP = 512
 """Outputs that a thread takes at once: always so many, as the last bits of matrix products depend on their shapes."""
 BLOCK = 128
@@ -84,7 +85,7 @@ class Group:
     def half(self) -> np.float32:
         return np.float32(1 << (self.bits - 1))
 
-    def units(self, sizes: npt.NDArray[np.float64]) -> Floats:
+    def units(self, sizes: Doubles) -> Floats:
         """The nearest ones that half precision has, above zero and so small that no weight overflows."""
         most = 65504.0 / (256 << (self.bits - 1))
         return np.clip(sizes, 2.0**-24, most).astype(np.float16).astype(np.float32)
@@ -114,7 +115,7 @@ def quantize(weights: Floats, kind: RowGroups, known: Known, pool: Executor | No
     Args:
         weights: float32 [out, in], finite.
         known: the factor is what errors are passed on by; without it rows are rounded as they are, weighted by the
-            importance where that is known.
+            importance where that is known. With another device than the processor all of it runs there.
         pool: to work on several outputs at once; the result is the same.
     """
     n_out, n_in = weights.shape
@@ -127,6 +128,10 @@ def quantize(weights: Floats, kind: RowGroups, known: Known, pool: Executor | No
         order = np.argsort(-cost, kind="stable")
         cost = cost[order]
     groups = list(_groups(kind, cost, upper))
+    if known.device != "cpu":
+        from fewbits.methods import gptq_row_groups_torch  # imports torch
+
+        return gptq_row_groups_torch.quantize(weights, kind, known, order, groups)
     strips = list(_strips(weights, order, len(groups), max(group.last - group.first for group in groups)))
     scale_max = np.empty(len(groups), np.float16)
 
@@ -193,21 +198,39 @@ def _search(group: Group, each: Each) -> np.float32:
 
     largest = max(each(alone))
 
-    def best(units: Floats) -> np.float32:
-        def scan(strip: Strip) -> npt.NDArray[np.float64]:
+    def scan(units: Floats) -> Doubles:
+        def one(strip: Strip) -> Doubles:
             totals = np.zeros(units.size)
             scan_units(strip.left[rows], group.weight, group.half, strip.free, units, totals)
             return totals
 
-        return np.float32(units[int(np.argmin(np.sum(each(scan), axis=0)))])
+        return np.sum(each(one), axis=0)
 
-    def choose(unit: np.float32) -> npt.NDArray[np.float64]:
-        def one(strip: Strip) -> npt.NDArray[np.float64]:
+    def choose(unit: np.float32) -> Doubles:
+        def one(strip: Strip) -> Doubles:
             sums, codes = np.zeros(3), strip.scale_codes[group.index]
             choose_codes(strip.left[rows], group.weight, group.half, strip.free, unit, REACH[group.bits], codes, sums)
             return sums
 
         return np.sum(each(one), axis=0)
+
+    return settled_unit(group, largest, scan, choose)
+
+
+def settled_unit(
+    group: Group, largest: float, scan: Callable[[Floats], Doubles], choose: Callable[[np.float32], Doubles]
+) -> np.float32:
+    """The unit of a group's scales with the least weighted error.
+
+    Args:
+        largest: of the scales that columns would have by themselves.
+        scan: gives the error with each of some units.
+        choose: settles the columns' scale codes for a unit; gives the error, and the numerator and the denominator of
+            the unit that would be best for these codes. What it is called with last is the unit that is returned.
+    """
+
+    def best(units: Floats) -> np.float32:
+        return np.float32(units[int(np.argmin(scan(units)))])
 
     coarse = best(group.units(largest / 256 * UNITS))
     unit = best(group.units(coarse * NEARBY))
