@@ -168,7 +168,7 @@ def test_on_a_device_the_search_finds_the_nearest(monkeypatch: pytest.MonkeyPatc
     for scores in (1, 700, 1 << 20):
         monkeypatch.setattr(aqlm_torch, "SCORES", scores)
         assert torch.equal(aqlm_torch.nearest_words(targets, words[0], halves[0]), distances.argmin(1))
-        one, other = aqlm_torch.nearest_pairs(targets, words, halves)
+        one, other = aqlm_torch.nearest_pairs(targets, [*words], [*halves])
         assert torch.equal(16 * one + other, sums.argmin(1))
 
 

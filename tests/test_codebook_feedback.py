@@ -118,7 +118,7 @@ def test_the_codeword_chosen_is_the_best_of_all(name: str, again: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_device_chooses_the_same(name: str) -> None:
-    """The device is torch's processor by another name: what is computed is a GPU's. Sums in another order break ties."""
+    """The device is torch's processor by another name: what is computed is a GPU's, but for ties."""
     x, second = weights(6)[:, :256], hessian(256)
     x[2, :32] = 0
     made = []

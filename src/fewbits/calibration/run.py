@@ -293,7 +293,9 @@ class _Job:
 
     @cached_property
     def identity(self) -> str:
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        """Of the calibration, wherever its results are put."""
+        facts = {name: fact for name, fact in self.facts.items() if name != "Hessians"}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _hessians_of(self, block: int, work: WorkFolder) -> str:
         """The file of a block, as the journal names it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,14 +33,14 @@ def nearest_words(targets: torch.Tensor, words: torch.Tensor, halves: torch.Tens
 
 
 def nearest_pairs(
-    targets: torch.Tensor, words: torch.Tensor, halves: torch.Tensor
+    targets: torch.Tensor, words: Sequence[torch.Tensor], halves: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which sum of two codewords, one of each of two codebooks, is nearest to each target; all are compared.
 
     Args:
         targets: float32 [n, size].
-        words: float32 [2, codewords, size].
-        halves: float32 [2, codewords].
+        words: two of float32 [codewords, size].
+        halves: two of float32 [codewords].
 
     Returns:
         Two of int64 [n].
@@ -77,7 +77,9 @@ def nearest(
         left = wanted
         for other in set(range(books)) - set(pair):
             left = left - seen[other, codes[:, other]]
-        codes[:, pair[0]], codes[:, pair[1]] = nearest_pairs(left, seen[pair], halves[pair])
+        codes[:, pair[0]], codes[:, pair[1]] = nearest_pairs(
+            left, [seen[each] for each in pair], [halves[each] for each in pair]
+        )
     return codes, torch.stack([words[book, codes[:, book]] for book in range(books)]).sum(0)
 
 

@@ -64,7 +64,7 @@ def evened(weights: Sequence[torch.Tensor], channel: torch.Tensor) -> torch.Tens
 def sample_rows(weight: torch.Tensor, readers: int) -> torch.Tensor:
     """Evenly spread rows of a weight [rows, columns] that shares its place with so many readers."""
     count = min(max(FEWEST, ROWS // readers), len(weight))
-    return weight[torch.linspace(0, len(weight) - 1, count).long()]
+    return weight[torch.linspace(0, len(weight) - 1, count).long().to(weight.device)]
 
 
 def by_channel(columns: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
