@@ -28,7 +28,7 @@ from fewbits.kernels.additive import nearest_pairs, nearest_words
 from fewbits.layouts.aqlm import AQLM as AQLMLayout
 from fewbits.layouts.aqlm import unwrap, wrap
 from fewbits.layouts.base import Part
-from fewbits.methods import Known, aqlm_torch
+from fewbits.methods import Known, nearest_torch
 from fewbits.methods.aqlm import AQLM, prepare
 from fewbits.quantize.tuning import Tuning
 from tiny_models import save_tiny
@@ -162,13 +162,13 @@ def test_on_a_device_the_search_finds_the_nearest(monkeypatch: pytest.MonkeyPatc
     targets, words = (
         torch.from_numpy(random.standard_normal(size).astype(np.float32)) for size in ((50, 8), (2, 16, 8))
     )
-    halves = 0.5 * words.square().sum(2)
+    books = [nearest_torch.Words(each) for each in words]
     distances = (targets[:, None] - words[0]).square().sum(2)
     sums = (targets[:, None, None] - words[0][:, None] - words[1]).square().sum(3).flatten(1)
     for scores in (1, 700, 1 << 20):
-        monkeypatch.setattr(aqlm_torch, "SCORES", scores)
-        assert torch.equal(aqlm_torch.nearest_words(targets, words[0], halves[0]), distances.argmin(1))
-        one, other = aqlm_torch.nearest_pairs(targets, [*words], [*halves])
+        monkeypatch.setattr(nearest_torch, "SCORES", scores)
+        assert torch.equal(books[0].nearest(targets), distances.argmin(1))
+        one, other = nearest_torch.nearest_pairs(targets, books)
         assert torch.equal(16 * one + other, sums.argmin(1))
 
 

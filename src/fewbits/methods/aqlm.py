@@ -26,7 +26,7 @@ from fewbits.codecs.storage import StorageType
 from fewbits.errors import FewbitsError
 from fewbits.kernels.additive import add_words, collect_words, count_words, nearest_pairs, nearest_words
 from fewbits.methods.base import Effort, Known, Method
-from fewbits.methods.ldlq import check_hessian, factored
+from fewbits.methods.block_cholesky import check_hessian, factored
 
 DAMPING = 0.025
 """Added to the Hessian's diagonal, times its mean: of 0.003 to 0.1 what loses least of text not looked at, on matrices

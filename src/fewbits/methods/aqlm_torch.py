@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,48 +9,7 @@ import numpy as np
 import torch
 
 from fewbits.methods.aqlm import COLUMNS, Doubles, Fit, Floats, Indices
-
-SCORES = 1 << 27
-"""Scores of codewords, or of pairs of them, that are held at once."""
-
-
-def nearest_words(targets: torch.Tensor, words: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
-    """Which of some codewords is nearest to each target.
-
-    Args:
-        targets: float32 [n, size].
-        words: float32 [codewords, size].
-        halves: float32 [codewords], half of each one's squared norm.
-
-    Returns:
-        int64 [n], the first of those equally near.
-    """
-    found = torch.empty(len(targets), dtype=torch.int64, device=targets.device)
-    for part in _parts(len(targets), len(words)):
-        found[part] = torch.addmm(halves, targets[part], words.T, alpha=-1).argmin(1)
-    return found
-
-
-def nearest_pairs(
-    targets: torch.Tensor, words: Sequence[torch.Tensor], halves: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which sum of two codewords, one of each of two codebooks, is nearest to each target; all are compared.
-
-    Args:
-        targets: float32 [n, size].
-        words: two of float32 [codewords, size].
-        halves: two of float32 [codewords].
-
-    Returns:
-        Two of int64 [n].
-    """
-    first, second = (torch.empty(len(targets), dtype=torch.int64, device=targets.device) for _ in range(2))
-    product = words[0] @ words[1].T
-    for part in _parts(len(targets), product.numel()):
-        one, other = (torch.addmm(halves[book], targets[part], words[book].T, alpha=-1) for book in range(2))
-        first[part] = (one + (other[:, None] + product).amin(2)).argmin(1)
-        second[part] = (other + product[first[part]]).argmin(1)
-    return first, second
+from fewbits.methods.nearest_torch import Words, nearest_pairs
 
 
 def nearest(
@@ -68,24 +26,16 @@ def nearest(
     Returns:
         The codes, and their sums [rows, group].
     """
-    seen, wanted, codes = words @ metric, targets @ metric, codes.clone()
-    halves, books = 0.5 * seen.square().sum(2), len(words)
+    seen, wanted, codes, books = [Words(book @ metric) for book in words], targets @ metric, codes.clone(), len(words)
     if books == 1:
-        codes[:, 0] = nearest_words(wanted, seen[0], halves[0])
+        codes[:, 0] = seen[0].nearest(wanted)
     for book in range(0, books if books > 1 else 0, 2):
         pair = [book, (book + 1) % books]
         left = wanted
         for other in set(range(books)) - set(pair):
-            left = left - seen[other, codes[:, other]]
-        codes[:, pair[0]], codes[:, pair[1]] = nearest_pairs(
-            left, [seen[each] for each in pair], [halves[each] for each in pair]
-        )
+            left = left - seen[other].values[codes[:, other]]
+        codes[:, pair[0]], codes[:, pair[1]] = nearest_pairs(left, [seen[each] for each in pair])
     return codes, torch.stack([words[book, codes[:, book]] for book in range(books)]).sum(0)
-
-
-def _parts(count: int, each: int) -> Iterator[slice]:
-    step = max(1, SCORES // each)
-    return (slice(start, start + step) for start in range(0, count, step))
 
 
 @dataclass
@@ -108,8 +58,12 @@ class DeviceFit(Fit):
     def _there(self, values: Floats) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
+    @cached_property
     def _codes(self) -> torch.Tensor:
-        return torch.from_numpy(self.codes.astype(np.int32)).to(self.device).long()
+        return torch.from_numpy(self.codes.astype(np.int64)).to(self.device)
+
+    def _keep(self, codes: torch.Tensor) -> None:
+        self._codes, self.codes = codes, codes.cpu().numpy().astype(np.uint16)
 
     def _decoded(self, codes: torch.Tensor, words: Floats, scales: Floats | None = None) -> torch.Tensor:
         """What codes stand for, [out, in]."""
@@ -124,13 +78,12 @@ class DeviceFit(Fit):
 
     def nearest_word(self, vectors: Floats, words: Floats) -> Indices:
         """Which of some codewords [codewords, group] is nearest to each vector [n, group]."""
-        table = self._there(words)
-        return nearest_words(self._there(vectors), table, 0.5 * table.square().sum(1)).cpu().numpy()
+        return Words(self._there(words)).nearest(self._there(vectors)).cpu().numpy()
 
     def feed(self) -> None:
         weights, words, lower = self._normalized(), self._there(self.words), self._there(self.moments.lower)
         spread, group = self._there(self.moments.spread), self.moments.group
-        codes, missed = torch.zeros_like(self._codes()), torch.zeros_like(weights)
+        codes, missed = torch.zeros_like(self._codes), torch.zeros_like(weights)
         for stop in range(weights.shape[1], 0, -COLUMNS):
             start = max(0, stop - COLUMNS)
             target = weights[:, start:stop] + missed[:, stop:] @ lower[stop:, start:stop]
@@ -140,10 +93,10 @@ class DeviceFit(Fit):
                 now = now + missed[:, here.stop : stop] @ lower[here.stop : stop, here]
                 codes[:, block], found = nearest(now, words, spread[block], codes[:, block])
                 missed[:, here] = weights[:, here] - found
-        self.codes = codes.cpu().numpy().astype(np.uint16)
+        self._keep(codes)
 
     def recode(self) -> None:
-        weights, words, codes = self._normalized(), self._there(self.words), self._codes()
+        weights, words, codes = self._normalized(), self._there(self.words), self._codes
         own, inverse, group = self._there(self.moments.own), self._there(self.moments.inverse), self.moments.group
         decoded = self._decoded(codes, self.words)
         for start in range(0, weights.shape[1], COLUMNS):
@@ -155,28 +108,28 @@ class DeviceFit(Fit):
                 codes[:, block], found = nearest(target, words, own[block], codes[:, block])
                 pull -= (found - decoded[:, here]) @ self._hessian[here, start:stop]
                 decoded[:, here] = found
-        self.codes = codes.cpu().numpy().astype(np.uint16)
+        self._keep(codes)
 
     def rescale(self) -> None:
-        shape = self._decoded(self._codes(), self.words)
+        shape = self._decoded(self._codes, self.words)
         weighed = shape @ self._hessian
         power, wanted = (shape * weighed).sum(1), (self._weights * weighed).sum(1)
         scales = torch.where(power > 0, wanted / torch.where(power > 0, power, 1), self._there(self.scales))
         self.scales = scales.cpu().numpy()
 
     def loss(self) -> float:
-        wrong = self._weights - self._decoded(self._codes(), self.words, self.scales)
+        wrong = self._weights - self._decoded(self._codes, self.words, self.scales)
         return float((wrong @ self._hessian).mul_(wrong).sum(dtype=torch.float64))
 
     def pulled(self, words: Floats, of_weights: bool) -> Doubles:
-        codes = self._codes()
+        codes = self._codes
         made = self._decoded(codes, words, self.scales)
         weighed = ((self._weights - made if of_weights else made) @ self._hessian) * self._there(self.scales)[:, None]
         each = weighed.view(-1, self.moments.group).double()
         return np.stack([_collected(codes[:, :, book].reshape(-1), each, words.shape[1]) for book in range(len(words))])
 
     def used(self) -> Floats:
-        codes, (books, count, _) = self._codes(), self.words.shape
+        codes, (books, count, _) = self._codes, self.words.shape
         groups = codes.shape[1]
         square = self._there(np.square(self.scales))[:, None].expand(-1, groups).reshape(-1, 1)
         place = codes * groups + torch.arange(groups, device=self.device)[:, None]

@@ -49,9 +49,18 @@ class Factor:
     @cached_property
     def upper_there(self) -> torch.Tensor:
         """`upper` on the device."""
+        return self._there(self.upper)
+
+    @cached_property
+    def hessian_there(self) -> torch.Tensor:
+        """`hessian` on the device."""
+        assert self.hessian is not None
+        return self._there(self.hessian)
+
+    def _there(self, matrix: npt.NDArray[np.float32]) -> torch.Tensor:
         import torch  # takes a second
 
-        return torch.from_numpy(self.upper).to(self.device)
+        return torch.from_numpy(matrix).to(self.device)
 
     def expected(self, importance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The weight of each column's squared error for a search of scales that error feedback follows.
@@ -166,7 +175,8 @@ class Method(ABC):
             def part(rows: slice) -> npt.NDArray[np.uint8]:
                 return cls.quantize(weights[rows], kind.codec, known.importance, known.factor)
 
-            return BlocksCoded(kind, by_rows(part, len(weights), pool))
+            there = known.factor is not None and known.factor.device != "cpu"
+            return BlocksCoded(kind, by_rows(part, len(weights), pool, ROWS_THERE if there else ROWS))
         raise FewbitsError(f"The method {cls.name!r} does not make {kind.name}.", "Leave the choice to the target.")
 
 

@@ -204,13 +204,6 @@ class GPTQ(Method):
             scales = fixed_scales(kind.codec)
             if scales is not None:
                 return BlocksCoded(kind, _fed_there(weights, scales, known.importance, known.factor, pool))
-            if issubclass(kind.codec, GroupCodebook):
-                chosen, importance, factor = kind.codec, known.importance, known.factor
-                data = by_rows(
-                    lambda rows: gptq_groups.quantize(weights[rows], chosen, importance, factor),
-                    *(len(weights), pool, ROWS_THERE),
-                )
-                return BlocksCoded(kind, data)
         return super().make(weights, kind, known, pool)
 
 

@@ -92,24 +92,25 @@ class _Job:
             inverses = np.linalg.inv(_diagonal(matrix, span).astype(np.float64))
             factors = np.ascontiguousarray(np.linalg.cholesky(inverses).transpose(0, 2, 1), np.float32)
         rounded = self._rounded if self.factor.device == "cpu" else self._rounded_there
-        words, minus = rounded(matrix, factors, scale, shift, values, again)
+        words, minus = rounded(factors, scale, shift, values, again)
         back, shape = np.argsort(groups), found.entries.shape
         words, minus = words[back].T.reshape(shape), minus[back].T.reshape(shape)
         return self.codec.with_codewords(found, words, minus), values
 
     def _rounded(
-        self, matrix: Floats, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
+        self, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
     ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
         """Codewords and the bits of their negative weights, [groups, rows].
 
         Args:
-            matrix, factors: see `round_groups`, of all columns.
+            factors: see `round_groups`, of all columns.
             scale, shift: [groups, rows].
             values: out: what the codewords stand for; again: in, too.
         """
         (columns, rows), span, size = self.weights.shape, self.known.span, self.known.size
         words, minus = np.empty(scale.shape, np.int16), np.empty(scale.shape, np.uint8)
         left = self.weights - values if again else self.weights.copy()
+        matrix = self.hessian if again else self.factor.upper
         errors = np.empty((COLUMNS, rows), np.float32)
         for start in range(0, columns, COLUMNS):
             stop = min(start + COLUMNS, columns)
@@ -127,7 +128,7 @@ class _Job:
         return words, minus
 
     def _rounded_there(
-        self, matrix: Floats, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
+        self, factors: Floats, scale: Floats, shift: Floats, values: Floats, again: bool
     ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
         """`_rounded` on the factor's device."""
         import torch  # takes a second, which runs on the processor alone do without
@@ -137,9 +138,10 @@ class _Job:
         def there(part: npt.NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(part)).to(self.factor.device)
 
-        settled = (there(matrix), there(factors), there(scale.T), there(shift.T))
+        matrix = self.factor.hessian_there if again else self.factor.upper_there
+        settled = (there(factors), there(scale.T), there(shift.T))
         made = there(values.T)
-        job = Rounding(tables(*self.codec.vocabulary(), self.factor.device), *settled, again)
+        job = Rounding(tables(self.codec, self.factor.device), matrix, *settled, again)
         found = job.rounded(there(self.weights.T), made, COLUMNS)
         values[:] = made.T.cpu().numpy()
         words, minus = (part.T.cpu().numpy() for part in found)

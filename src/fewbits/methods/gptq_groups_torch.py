@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fewbits.codecs.fixed_codebooks import GroupCodebook
 from fewbits.kernels.group_feedback import EVEN, UNSIGNED
-from fewbits.methods.aqlm_torch import nearest_words
+from fewbits.methods.nearest_torch import Words
 
-Floats = npt.NDArray[np.float32]
 SIGNED_TOGETHER = 8
 """Weights whose number of minus is even, where that is the rule."""
 
@@ -33,17 +32,13 @@ class Table:
 
     def nearest(self, targets: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """The candidates whose error d costs least by |d inverse|^2: int64 [rows], of targets [rows, size]."""
-        seen = self.values @ inverse
-        return nearest_words(targets @ inverse, seen, 0.5 * seen.square().sum(1))
+        return Words(self.values @ inverse).nearest(targets @ inverse)
 
 
-def tables(values: Floats, signs: int, device: str) -> list[Table]:
-    """All candidates in one table; or in two, with an even and an odd number of minus, where groups share the rule.
-
-    Args:
-        values: [codewords, 4 or 8]; magnitudes, unless signs are part of them.
-        signs: see `kernels.group_feedback`.
-    """
+@cache
+def tables(codec: type[GroupCodebook], device: str) -> list[Table]:
+    """All candidates in one table; or in two, with an even and an odd number of minus, where groups share the rule."""
+    values, signs = codec.vocabulary()
     size = values.shape[1]
     turns = np.arange(1 if signs == UNSIGNED else 1 << size)
     odd = np.bitwise_count(turns) & 1

@@ -25,6 +25,7 @@ from fewbits.codecs.trellis import HADAMARD, Trellis, TrellisCoded, codebook, ro
 from fewbits.errors import FewbitsError
 from fewbits.kernels.trellis import STEPS, TILE
 from fewbits.methods.base import Known, Method
+from fewbits.methods.block_cholesky import check_hessian, factored
 
 if TYPE_CHECKING:
     import torch
@@ -109,41 +110,6 @@ def decompose(
         if found:
             return Decomposed(found[0], np.square(found[1]).sum(axis=(1, 2)), added)
     raise FewbitsError("the Hessian is not positive.", "Calibrate with more text.")
-
-
-def check_hessian(hessian: Floats) -> None:
-    """Raises:
-    FewbitsError: it is not finite, or an input's energy is less than nothing.
-    """
-    if not np.isfinite(hessian).all() or hessian.diagonal().min() < 0:
-        raise FewbitsError("the Hessian is not finite and positive.", "Make it again.")
-
-
-def factored(hessian: Doubles, block: int, device: str = "cpu") -> tuple[Floats, Doubles] | None:
-    """H = L D L^T in blocks.
-
-    Args:
-        hessian: float64 [columns, columns].
-        device: of torch, where it is factored.
-
-    Returns:
-        L, float32 [columns, columns], unit matrices in the blocks on its diagonal, and the lower Cholesky factors of
-        D's blocks, float64 [columns / block, block, block]; None where H is not positive.
-    """
-    if device != "cpu":
-        from fewbits.methods import ldlq_torch  # imports torch
-
-        return ldlq_torch.factored(hessian, block, device)
-    try:
-        lower = np.linalg.cholesky(hessian)
-    except np.linalg.LinAlgError:
-        return None
-    own = np.empty((len(hessian) // block, block, block))
-    for index in range(len(own)):
-        here = slice(index * block, (index + 1) * block)
-        own[index] = lower[here, here]
-        lower[here.start :, here] = np.linalg.solve(own[index].T, lower[here.start :, here].T).T
-    return lower.astype(np.float32), own
 
 
 def rotate_hessian(hessian: Floats, scales: Floats, damping: float, rotation: Rotation) -> Doubles:

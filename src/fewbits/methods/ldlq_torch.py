@@ -1,5 +1,4 @@
-"""LDLQ's two heavy parts on a GPU: the decomposition of a Hessian, and feedback among trellises. Importing this needs
-torch."""
+"""LDLQ's feedback among trellises on a GPU. Importing this needs torch."""
 
 from __future__ import annotations
 
@@ -12,19 +11,6 @@ from fewbits.kernels.trellis import STEPS, TILE
 from fewbits.methods.ldlq import feed_back
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-
-
-def factored(hessian: Doubles, block: int, device: str) -> tuple[Floats, Doubles] | None:
-    """`ldlq.factored` there."""
-    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(hessian).to(device))
-    if failed:
-        return None
-    size = len(lower)
-    panels = lower.view(size, -1, block).transpose(0, 1)  # [blocks, columns, block]
-    own = lower.view(-1, block, size // block, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    unit = torch.linalg.solve_triangular(own, panels, upper=False, left=False)
-    return unit.transpose(0, 1).reshape(size, size).float().cpu().numpy(), own.cpu().numpy()
 
 
 def coded(noise: Floats, lower: Floats | None, kind: Trellis, device: str) -> tuple[npt.NDArray[np.uint16], Floats]:

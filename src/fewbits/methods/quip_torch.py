@@ -9,21 +9,21 @@ import torch
 
 from fewbits.codecs.lattice import INPUTS_TOGETHER, Codes, LatticeE8, e8p
 from fewbits.kernels.lattice import DIMENSIONS
-from fewbits.methods.aqlm_torch import nearest_words
 from fewbits.methods.ldlq import Floats, feed_back
+from fewbits.methods.nearest_torch import Words
 from fewbits.methods.quip import Feedback
 
 
 @dataclass(frozen=True)
 class Points:
-    """What the indices of each stage stand for: float32 [points, 8], on the device."""
+    """What the indices of each stage stand for, on the device."""
 
-    stages: list[torch.Tensor]
+    stages: list[Words]
 
     @staticmethod
     def of(kind: LatticeE8, device: str) -> Points:
         tables = [e8p()] if kind.stages == 1 else [e8p(), kind.second]
-        return Points([torch.from_numpy(table).to(device) for table in tables])
+        return Points([Words(torch.from_numpy(table).to(device)) for table in tables])
 
     def search(self, vectors: torch.Tensor) -> torch.Tensor:
         """The nearest points to vectors [count, 8], each stage's to what those before it miss: int64 [stages, count].
@@ -32,13 +32,13 @@ class Points:
         """
         found, left = [], vectors
         for points in self.stages:
-            found.append(nearest_words(left, points, 0.5 * points.square().sum(1)))
-            left = left - points[found[-1]]
+            found.append(points.nearest(left))
+            left = left - points.values[found[-1]]
         return torch.stack(found)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What indices [stages, count] stand for, float32 [count, 8]."""
-        return torch.stack([points[each] for points, each in zip(self.stages, codes, strict=True)]).sum(0)
+        return torch.stack([points.values[each] for points, each in zip(self.stages, codes, strict=True)]).sum(0)
 
 
 def coded(noise: Floats, kind: LatticeE8, feedback: Feedback | None, device: str) -> tuple[Codes, Floats]:

@@ -274,7 +274,7 @@ class BlockwiseRun:
     def _known(self, inputs: Inputs, expert: int) -> Known:
         """What is known of one input, which is forgotten."""
         known = known_of(inputs, expert, self.methods, self.streamed.spill, last=True, device=self.device)
-        return replace(known, device=self.device, effort=self.effort)
+        return replace(known, effort=self.effort)
 
     def _make(self, name: str, weights: Floats, known: Known) -> Arrays:
         """Quantize one weight."""
@@ -374,16 +374,16 @@ def known_of(
     Args:
         spill: where large matrices go.
         last: whether this is asked once, so that `inputs` need not keep the expert's Hessian.
-        device: where Hessians are factored.
+        device: where Hessians are factored, and whatever is done with them.
     """
     spill = spill or Spill()
     count, hessian = inputs.counts[expert], inputs.hessians[expert]
     if not count:
         # activations have a scale all the same: that of the other experts
-        return Known(peak=max(inputs.peaks))
+        return Known(peak=max(inputs.peaks), device=device)
     importance = (inputs.sums[expert] / count).float().cpu().numpy()
     if hessian is None:
-        return Known(importance, peak=inputs.peaks[expert])
+        return Known(importance, peak=inputs.peaks[expert], device=device)
     held, held_count, damping = inputs.held[expert], inputs.held_counts[expert], None
     if last:
         inputs.held[expert] = None
@@ -396,7 +396,8 @@ def known_of(
     del held
     mean = _mean(hessian, count, spill)
     # the capped diagonal is what the feedback minimizes, so the scales are searched for the same
-    known = Known(np.ascontiguousarray(mean.diagonal()), hessian=mean, peak=inputs.peaks[expert], damping=damping)
+    capped = np.ascontiguousarray(mean.diagonal())
+    known = Known(capped, hessian=mean, peak=inputs.peaks[expert], damping=damping, device=device)
     if count < len(mean):
         # too little for feedback of any kind
         return replace(known, hessian=None) if "whole" in hessians_of(methods) else known

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -291,7 +291,7 @@ class _Measuring:
         self, name: str, weights: torch.Tensor, inputs: Inputs, kinds: Mapping[RowGroups, object]
     ) -> dict[RowGroups, _Made]:
         """A weight in each of these types."""
-        known = replace(known_of(inputs, 0, {"gptq"}, device=self.device), device=self.device)
+        known = known_of(inputs, 0, {"gptq"}, device=self.device)
         assert known.hessian is not None
         hessian = torch.from_numpy(known.hessian)
         scale = 0.5 * self.columns[name] / max(float(hessian.trace()), 1e-30)
