@@ -22,7 +22,10 @@ from fewbits.layouts.base import Arrays
 from fewbits.methods.base import Effort
 
 RATE = 3e-3
-"""How far the first steps of Adam move a tensor, in its root mean square; it falls to zero along a cosine."""
+"""How far the first steps of Adam move a tensor at most, in its root mean square; it falls to zero along a cosine."""
+RATE_BY_ERROR = 0.02
+"""The same as a share of the output's relative error (root mean square): Adam's steps are as large where little is to
+be gained, and steps that help Q4_0 do nothing but harm where types have 5 bits."""
 BETAS = (0.9, 0.95)
 HELD_OUT = 8
 """One of so many batches of windows is held out, ..."""
@@ -158,13 +161,14 @@ class Tuning:
             return plain | {name: weight.to(self.device) for name, weight in made.items()}
 
         before = least = self._error(weights(), self.held_out)
+        rate = min(RATE, RATE_BY_ERROR * before**0.5)
         best = None
         total = epochs * len(training)
         for epoch in range(epochs):
             for step, chosen in enumerate(torch.randperm(len(training), generator=random).tolist()):
                 along = (epoch * len(training) + step) / total
                 for group in adam.param_groups:
-                    group["lr"] = RATE * group["size"] * (1 + cos(pi * along)) / 2
+                    group["lr"] = rate * group["size"] * (1 + cos(pi * along)) / 2
                 with torch.enable_grad():
                     self._loss(weights(), training[chosen])[0].backward()
                 adam.step()
