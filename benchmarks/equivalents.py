@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from fewbits.calibration.collect import ENERGY_CAP
 from fewbits.codecs.base import codec
@@ -88,7 +88,7 @@ class Place:
 
 
 def hessians(model: PreTrainedModel, blocks: list[int], windows: Matrices) -> dict[tuple[int, str, bool], torch.Tensor]:
-    """The mean of x x^T of each input, tokens of unusual energy capped, by block, first reader and held out or not."""
+    """x x^T summed, up to a factor, unusual energies capped; by block, first reader of the input, and held out or not."""
     found: dict[tuple[int, str, bool], torch.Tensor] = {}
     held = False
 
@@ -129,13 +129,14 @@ def principal(hessian: torch.Tensor, channel: torch.Tensor, head: int) -> torch.
     return torch.block_diag(*[axes[int(channel[start]) // head] for start in range(0, len(channel), head)])
 
 
-def tried(name: str, plain: Place, scaled: Place, config: object, norm: torch.Tensor, kind: Blocks) -> dict[str, Place]:
-    """Every change of an input, by what the columns are called."""
+def changed(
+    name: str, plain: Place, scaled: Place, channel: torch.Tensor, head: int, turned: Place
+) -> dict[str, Place]:
+    """An input's place after every change, by the change's name in the output."""
     size = scaled.weights[0].shape[1]
     power = torch.stack([each.square().mean(0) / each.square().mean() for each in scaled.weights]).sum(0)
     fourth = torch.stack([each.pow(4).mean(0) for each in scaled.weights]).sum(0) / power.square()
     if name == "self_attn.o_proj":
-        channel, head = value_channels(config, size), size // config.num_attention_heads  # type: ignore[attr-defined]
         shared = torch.zeros(int(channel.max()) + 1).index_add_(0, channel, power)[channel]
         # heads stay where they are
         inside = shared / shared.max() / 2 - torch.arange(size) // head
@@ -147,13 +148,12 @@ def tried(name: str, plain: Place, scaled: Place, config: object, norm: torch.Te
     orders = {"sorted": scaled.ordered(power), "by inputs": scaled.ordered(scaled.seen.diagonal())}
     if name == "mlp.down_proj":
         return orders | {"kurtosis": scaled.ordered(fourth)}
-    turned = plain.scaled(norm).turned(hadamard(size))
-    return orders | {"Hadamard": turned.with_awq(kind, torch.arange(size))}
+    return orders | {"Hadamard": turned}
 
 
-def value_channels(config: object, size: int) -> torch.Tensor:
+def value_channels(config: PretrainedConfig, size: int) -> torch.Tensor:
     """int64 [columns]: which output of the value projection each input of the attention output is."""
-    heads, shared = config.num_attention_heads, config.num_key_value_heads  # type: ignore[attr-defined]
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
     head = size // heads
     column = torch.arange(size)
     return column // head // (heads // shared) * head + column % head
@@ -167,7 +167,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8, 16, 24])
     options = parser.parse_args()
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows: Matrices = []
@@ -184,7 +183,9 @@ def main() -> None:
             channel = value_channels(model.config, size) if name == "self_attn.o_proj" else torch.arange(size)
             scaled = plain.with_awq(kind, channel)
             norm = layer.get_submodule(NORMS[name]).weight.detach() if name in NORMS else torch.ones(size)
-            base, changes = scaled.lost(kind), tried(name, plain, scaled, model.config, norm, kind)
+            turned = plain.scaled(norm).turned(hadamard(size)).with_awq(kind, channel) if name in NORMS else plain
+            head = size // model.config.num_attention_heads
+            base, changes = scaled.lost(kind), changed(name, plain, scaled, channel, head, turned)
             shares = {"no scales": plain, **changes}
             told = ", ".join(f"{what} {place.lost(kind) / base:.3f}" for what, place in shares.items())
             print(f"block {block}, {name}: {told}", flush=True)
