@@ -88,7 +88,7 @@ class Place:
 
 
 def hessians(model: PreTrainedModel, blocks: list[int], windows: Matrices) -> dict[tuple[int, str, bool], torch.Tensor]:
-    """x x^T summed, up to a factor, unusual energies capped; by block, first reader of the input, and held out or not."""
+    """x x^T summed, up to a factor, unusual energies capped; by block, first reader, and held out or not."""
     found: dict[tuple[int, str, bool], torch.Tensor] = {}
     held = False
 
