@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import fewbits
-from fewbits.arch import gguf_tensors
 from fewbits.checkpoint import GGUFCheckpoint, open_model
 from fewbits.errors import FewbitsError
 from fewbits.plan import MixtureOptions
-from fewbits.quantize import gguf_blockwise, gguf_job
+from fewbits.quantize import gguf_job
 from fewbits.quantize.blockwise import BlockwiseRun
-from tiny_models import save_tiny
+from fewbits.quantize.budget import Budget
+from tiny_models import save_tiny, tiny_model
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -69,11 +70,13 @@ def test_size_is_that_of_the_plan(tmp_path: Path, text: Path) -> None:
     assert not out.with_name(out.name + ".partial").exists()
 
 
+@pytest.mark.parametrize("effort", ["default", "thorough"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    effort: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = save_tiny(tmp_path / "model", "llama", LLAMA)
-    out = made(directory, "Q4_0", text)
+    chunks = 20  # enough for some to be held out
+    out = made(directory, "Q4_0", text, effort, chunks=chunks)
     whole = out.read_bytes()
     out.unlink()
     out.with_suffix(".imatrix.gguf").unlink()
@@ -90,10 +93,44 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr("fewbits.formats.journal.SAFE_EVERY", 0.0)
     monkeypatch.setattr(BlockwiseRun, "_block", stop)
     with pytest.raises(KeyboardInterrupt):
-        made(directory, "Q4_0", text, overwrite=False)
-    assert made(directory, "Q4_0", text, overwrite=False).read_bytes() == whole
+        made(directory, "Q4_0", text, effort, overwrite=False, chunks=chunks)
+    assert made(directory, "Q4_0", text, effort, overwrite=False, chunks=chunks).read_bytes() == whole
     assert seen == [0, 1, *range(1, max(seen) + 1)], "the first block was done"
     assert len(texts) == 1, "and so was the importance matrix"
+
+
+def test_a_report_says_what_a_text_was_too_short_for(tmp_path: Path, text: Path) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA | {"intermediate_size": 1024})
+    options = {"calibration": text, "effort": "thorough", "threads": 1}
+    plan = fewbits.plan(directory, "Q4_0", **{k: v for k, v in options.items() if k != "threads"}, calibration_chunks=1)
+    methods = {tensor.name: tensor.method for tensor in plan.tensors}
+    assert methods["blk.0.ffn_down.weight"] == "search"
+    assert methods["blk.0.ffn_up.weight"] == "gptq"
+    notes = {}
+    for chunks in (1, 20):
+        out = tmp_path / f"{chunks}.gguf"
+        notes[chunks] = " ".join(fewbits.quantize(directory, "Q4_0", out, **options, calibration_chunks=chunks).notes)
+    assert "more columns than the text has tokens (512)" in notes[1]
+    assert "nothing is tuned" in notes[1]
+    assert "more columns" not in notes[20]
+    assert "decoder blocks better on windows held out" in notes[20]
+
+
+def test_a_budget_s_memory_is_that_of_the_types_it_has_chosen(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    methods, reckon = [], gguf_job.text_run
+
+    def reckoned(plan, *rest):
+        methods.append({tensor.method for tensor in plan.tensors})
+        return reckon(plan, *rest)
+
+    monkeypatch.setattr(gguf_job, "text_run", reckoned)
+    options = {"calibration": text, "calibration_chunks": 16, "max_memory": 4 << 30, "threads": 1}
+    fewbits.quantize(directory, "gguf", tmp_path / "x.gguf", budget=Budget(like="Q4_0"), **options)
+    assert "gptq" not in methods[0]
+    assert "gptq" in methods[-1]
 
 
 def test_a_folder_of_somebody_else_s_stays(tmp_path: Path, text: Path) -> None:
@@ -164,16 +201,19 @@ def test_a_head_of_its_own_is_fed_back_too(tmp_path: Path, text: Path) -> None:
     assert (found[False, "fast"] != found[False, "default"]).any()
 
 
-def test_experts_in_one_tensor_are_left_to_the_search(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_experts_in_one_tensor_are_left_to_the_search(together: bool, tmp_path: Path, text: Path) -> None:
     directory = save_tiny(tmp_path / "model", "mixtral")
-    out = made(directory, "Q4_0", text)
-    shapes = {tensor.name: tensor.shape for tensor in _views(directory)}
-    assert {name: info.shape for name, info in GGUFCheckpoint(out).tensors.items()} == shapes
-
-
-def _views(directory: Path) -> list[gguf_blockwise.GGUFTensor]:
-    model = open_model(directory)
-    return gguf_tensors(model.config, {name: model.shape(name) for name in model.names})
+    if together:
+        held = {name: tensor.contiguous() for name, tensor in tiny_model("mixtral").state_dict().items()}
+        save_file(held, directory / "model.safetensors", metadata={"format": "pt"})
+    plan = fewbits.plan(directory, "Q4_0", calibration=text, calibration_chunks=16)
+    methods = {tensor.name: tensor.method for tensor in plan.tensors}
+    assert methods["blk.0.ffn_down_exps.weight"] == ("search" if together else "gptq")
+    assert methods["blk.0.attn_q.weight"] == "gptq"
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    found = GGUFCheckpoint(made(directory, "Q4_0", text)).tensors
+    assert {name: info.shape for name, info in found.items()} == shapes
 
 
 def test_loses_less_with_more_effort(tmp_path: Path) -> None:
@@ -188,3 +228,14 @@ def test_loses_less_with_more_effort(tmp_path: Path) -> None:
         lost[effort] = fewbits.measure(out, text=unseen, reference=demo / "model", chunks=6).comparison.kl.mean.value
     assert lost["default"] < 0.9 * lost["fast"]
     assert lost["thorough"] < 0.97 * lost["default"]
+
+
+def test_the_order_of_a_budget_s_types_says_nothing(tmp_path: Path, text: Path) -> None:
+    """Of Q8_0 alone importances would not be asked for."""
+    directory = save_tiny(tmp_path / "model", "llama", LLAMA)
+    told = []
+    for types in (("Q8_0", "Q4_0"), ("Q4_0", "Q8_0")):
+        options = {"calibration": text, "calibration_chunks": 16, "budget": Budget(bpw=6.0, types=types)}
+        plan = fewbits.plan(directory, "gguf", **options)
+        told.append(({tensor.name: tensor.codec for tensor in plan.tensors}, plan.notes))
+    assert told[0] == told[1]

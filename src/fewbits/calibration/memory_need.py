@@ -23,6 +23,9 @@ SPILLED = 1 << 26
 """Where memory is short, arrays of more bytes are put into files."""
 ROUNDS = (HESSIANS, HESSIANS >> 2, HESSIANS >> 4, 0)
 """Bytes of experts' Hessians at once: what is tried. The last is one Hessian."""
+OF_GRADIENTS, OF_TUNING = 12, 16
+"""Bytes by the weight of a block: weights, their gradients and the squares of these; in tuning what each of two steps
+adds to a weight, the weight, its copy in bfloat16, its code."""
 LESS_TEXT = "Allow more memory, or take fewer --calibration-chunks"
 
 
@@ -99,7 +102,7 @@ class TextRun:
         of_square: and for each square of its columns.
         all_inputs: whether the Hessians of all inputs of a block are held at once.
         copies: further copies of all activations.
-        gradients: whether gradients are taken, too.
+        gradients: bytes by the weight of a block that gradients take, with what they need; 0: none are taken.
         waits: whether windows wait within a block.
         head: weights of the head, where it is quantized, too.
     """
@@ -112,7 +115,7 @@ class TextRun:
     of_square: float = 0.0
     all_inputs: bool = False
     copies: int = 0
-    gradients: bool = False
+    gradients: int = 0
     waits: bool = False
     head: int = 0
     way_out: str = f"{LESS_TEXT}."
@@ -147,8 +150,9 @@ class TextRun:
         }
         yield Need(block.name, base | running, self.way_out)
         if self.gradients:
-            # weights, their gradients and the squares of these; of the head a window's logits
-            yield Need(block.name, base | running | {"gradients": 12 * block.weights}, self.way_out)
+            # of the head a window's logits
+            taken = {"gradients": self.gradients * block.weights}
+            yield Need(block.name, base | running | taken, self.way_out)
             logits = 6 * 4 * self.context * block.outside[0]
             yield Need("the head", program | {"weights": 3 * embedding // 2, "logits and gradients": logits})
         if self.head:

@@ -17,7 +17,7 @@ from fewbits.calibration.collect import Inputs, gguf_names, owners
 from fewbits.calibration.groups import BlockPasses, GroupPass
 from fewbits.calibration.hessians import block_file, check_folder, publish, unfinished, write_hessians
 from fewbits.calibration.imatrix_files import FileFormat, read_statistics, write_statistics
-from fewbits.calibration.memory_need import Block, TextRun
+from fewbits.calibration.memory_need import OF_GRADIENTS, Block, TextRun
 from fewbits.calibration.report import CalibrateReport, experts_seen, tensors_seen
 from fewbits.calibration.resume import Activations
 from fewbits.calibration.sensitivity import sensitivities
@@ -150,7 +150,8 @@ def _spill(job: _Job, text: CalibrationText, gradients: bool, most: int | None, 
         return Spill(folder=beside)
     windows, context = text.inputs.shape
     kinds = ("whole",) if job.hessians else ()
-    run = TextRun(Block.of(job.model, context), windows, context, kinds, all_inputs=True, gradients=gradients)
+    taken = OF_GRADIENTS if gradients else 0
+    run = TextRun(Block.of(job.model, context), windows, context, kinds, all_inputs=True, gradients=taken)
     return run.limits(most, beside, threads).spill
 
 

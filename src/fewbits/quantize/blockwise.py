@@ -35,7 +35,7 @@ from fewbits.methods.base import DAMPING, Effort
 from fewbits.methods.gptq import choose_damping
 from fewbits.quantize.matrices import Arrays, packed
 from fewbits.quantize.rescaling import Rescaling
-from fewbits.quantize.tuning import TunableLayout, Tuning, epochs_of
+from fewbits.quantize.tuning import FEWEST, TunableLayout, Tuning, epochs_of
 from fewbits.spill import Spill
 from fewbits.workers import Deferred, Pending, Workers, in_order
 
@@ -86,7 +86,7 @@ class BlockwiseRun:
         workers: who quantizes the matrices of one input side by side, where these are as many as the pool has threads;
             fewer are done faster here, each by all threads.
         hessians: most bytes of experts' Hessians that are summed at once.
-        tuned: of each block that tuning has changed, the held-out windows' error before and after.
+        tuned: of each block that was to be tuned, what is left of the held-out windows' square error.
     """
 
     streamed: StreamedModel
@@ -105,7 +105,7 @@ class BlockwiseRun:
     workers: Workers | None = None
     hessians: int = HESSIANS
     without_data: list[str] = field(default_factory=list)
-    tuned: list[tuple[float, float]] = field(default_factory=list)
+    tuned: list[float] = field(default_factory=list)
     _waiting: dict[str, Arrays] | None = None
     _work: _Work | None = None
 
@@ -198,8 +198,8 @@ class BlockwiseRun:
             {name: layout.coded(waiting[name]) for name, layout in tunable.items()},
             epochs_of(tunable.values(), self.effort),
         )
+        self.tuned.append(found.after / found.before if found else 1.0)
         if found:
-            self.tuned.append((found.before, found.after))
             for name, coded in found.coded.items():
                 waiting[name] = layouts[name].pack(coded)
                 views[name].copy_(torch.from_numpy(self._decoded(name, waiting[name], views[name])))
@@ -208,6 +208,24 @@ class BlockwiseRun:
             self.put(name, arrays)
             if self._work:
                 self._work.advance(name)
+
+    @property
+    def notes(self) -> list[str]:
+        """What became of it, for those who read a report; of blocks that an interrupted run has done, nothing."""
+        notes = []
+        if self.without_data:
+            many, first = len(self.without_data), self.without_data[0]
+            notes.append(f"{many} matrices of experts saw no calibration text and are only searched: {first}, ...")
+        better = [left for left in self.tuned if left < 1]
+        if self.tuned and len(self.stream.batches) < FEWEST:
+            notes.append("nothing is tuned: the text is too short for some of it to be held out; take more of it")
+        elif self.tuned:
+            mean = sum(self.tuned) / len(self.tuned)
+            notes.append(
+                f"tuning makes {len(better)} of {len(self.tuned)} decoder blocks better on windows held out; "
+                f"{mean:.1%} of their square error are left"
+            )
+        return notes
 
     @property
     def wants_hessians(self) -> bool:

@@ -18,7 +18,7 @@ from fewbits.methods.gptq import feedback_span
 from fewbits.plan import Plan, PlannedFile, PlannedTensor, default_method, tensor_type
 from fewbits.plan.budget import Option, Spent, spend
 from fewbits.plan.presets import FLOAT_TYPES
-from fewbits.quantize.importances import Progress, importances_of
+from fewbits.quantize.importances import Progress, importances_of, uses_importances
 from fewbits.quantize.learned import Learned
 from fewbits.quantize.losses import Appraisal
 from fewbits.quantize.planning import shards_of
@@ -136,7 +136,7 @@ def plan_budget(
     """
     free = [tensor for tensor in skeleton.tensors if tensor.reason == "copied"]
     types = {tensor.name: _types(tensor, budget, statistics is not None) for tensor in free}
-    probe = [_typed(tensor, types[tensor.name][0], "") for tensor in free]
+    probe = [_weighted(tensor, types[tensor.name]) for tensor in free]
     known = (
         importances_of(skeleton.model_copy(update={"tensors": probe}), statistics, file or output)[0]
         if statistics
@@ -190,6 +190,12 @@ def _typed(tensor: PlannedTensor, to: str, reason: str) -> PlannedTensor:
         "reason": reason or tensor.reason,
     }
     return tensor.model_copy(update=update)
+
+
+def _weighted(tensor: PlannedTensor, types: Sequence[str]) -> PlannedTensor:
+    """The tensor in the first of these types that has use for importances; where there is none, in the last."""
+    typed = [_typed(tensor, name, "") for name in types]
+    return next(filter(uses_importances, typed), typed[-1])
 
 
 def _options(tensor: PlannedTensor, losses: Mapping[str, float]) -> list[Option]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -398,7 +398,7 @@ class _Run:
             head = next((tensor for tensor in todo if tensor.reason == HEAD), None)
             if head is not None and not self._is_written(head):
                 run.head(head.name, self.packer.weights(head))
-        return _silent_experts(run.without_data)
+        return run.notes
 
     def _rescaling(self, streamed: StreamedModel, layouts: Mapping[str, Layout], rough: bool) -> Rescaling | None:
         """What a method does to a block beforehand, if it does anything."""
@@ -432,10 +432,3 @@ def encoded(tensor: PlannedTensor, values: Floats) -> npt.NDArray[np.uint8]:
             "Choose a compressed-tensors target (ct:), which keeps bfloat16.",
         )
     return data
-
-
-def _silent_experts(names: Iterable[str]) -> list[str]:
-    found = list(names)
-    if not found:
-        return []
-    return [f"{len(found)} matrices of experts saw no calibration text and are only searched: {found[0]}, ..."]

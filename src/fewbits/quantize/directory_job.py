@@ -227,13 +227,15 @@ class DirectoryJob:
             return Limits(threads, Spill(folder=beside))
         if text is None:
             return directory_limits(self.plan, lambda t: request.target.layout_of(t.codec), most, threads)
-        from fewbits.quantize.tuning import epochs_of  # imports torch, which data-free targets do without
+        # these import torch, which data-free targets do without
+        from fewbits.calibration.memory_need import OF_GRADIENTS
+        from fewbits.quantize.tuning import epochs_of
 
         windows, context = text.inputs.shape
         layouts = [request.target.layout_of(tensor.codec) for tensor in quantized_tensors(self.plan)]
         run = text_run(self.plan, self.model, windows, context, epochs_of(layouts, request.effort) > 0)
         if self.budget is not None:  # weights are tried in the model first: gradients, and the Hessians of whole blocks
-            replace(run, all_inputs=True, gradients=True, waits=False).check(most)
+            replace(run, all_inputs=True, gradients=OF_GRADIENTS, waits=False).check(most)
         return run.limits(most, beside, threads)
 
     def execute(

@@ -112,8 +112,7 @@ def execute(
     parts = blockwise.parts if blockwise else {}
     files = [File(shard.path.name, shard.header, shard.nbytes) for shard in shards]
     with TensorFiles(work, files, spans_of(shards, parts)) as written:
-        if blockwise:
-            blockwise.run(written)
+        notes = blockwise.run(written) if blockwise else []
         left = [tensor for tensor in plan.tensors if tensor.name not in parts and not written.has(tensor.name)]
         with ThreadPoolExecutor(threads or os.cpu_count() or 1, "encode") as pool:
             try:
@@ -131,7 +130,7 @@ def execute(
         n_weights=plan.n_weights,
         bits_per_weight=plan.bits_per_weight,
         n_fallbacks=len(plan.fallbacks),
-        notes=plan.notes,
+        notes=[*plan.notes, *notes],
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )

@@ -74,13 +74,24 @@ class Place:
         return f"{self.tensor.name}.{self.part}"
 
 
-def planned_blockwise(plan: Plan, model: Model) -> Plan:
-    """The plan with error feedback wherever a tensor's type allows, in decoder blocks and the head."""
+def planned_blockwise(plan: Plan, model: Model, tokens: int) -> Plan:
+    """The plan with error feedback wherever a tensor's type allows, in decoder blocks and the head, and text of so many
+    tokens says enough: fewer than it has columns fit the text and not the model."""
     linears = linears_of(model)
-    able = {t.name for t in plan.tensors if t.method == "search" and feedback_span(codec(t.codec))}
-    tensors = [t.model_copy(update={"method": "gptq"}) if t.name in able & linears else t for t in plan.tensors]
-    notes = [*plan.notes, f"{len(able & linears)} tensors are rounded with error feedback, block by block"]
-    return plan.model_copy(update={"tensors": tensors, "notes": notes})
+    able = {
+        tensor.name: "gptq" if tokens >= tensor.shape[-1] else "search"
+        for tensor in plan.tensors
+        if tensor.name in linears and tensor.method in ("search", "gptq") and feedback_span(codec(tensor.codec))
+    }
+    tensors = [t.model_copy(update={"method": able.get(t.name, t.method)}) for t in plan.tensors]
+    fed = [*able.values()].count("gptq")
+    notes = [f"{fed} tensors are rounded with error feedback, block by block"]
+    if fed < len(able):
+        notes.append(
+            f"{len(able) - fed} tensors have more columns than the text has tokens ({tokens}) and are only searched: "
+            "take a longer text or more --calibration-chunks"
+        )
+    return plan.model_copy(update={"tensors": tensors, "notes": [*plan.notes, *notes]})
 
 
 def linears_of(model: Model) -> set[str]:
@@ -135,8 +146,11 @@ class GGUFBlockwise:
         """By name of the tensors that are made: of how many parts they are put together."""
         return {place.tensor.name: len(place.tensor.sources) for place in _places(self.model)[0].values()}
 
-    def run(self, files: TensorFiles) -> None:
+    def run(self, files: TensorFiles) -> list[str]:
         """Write the tensors.
+
+        Returns:
+            Notes on what became of them.
 
         Raises:
             FewbitsError: a weight cannot be quantized, the text does not fit the model, or the disk is full.
@@ -151,7 +165,7 @@ class GGUFBlockwise:
 
         written, linears = _places(self.model)
         if all(files.has(place.name) for place in written.values()):
-            return
+            return []
         planned = {tensor.name: tensor for tensor in self.plan.tensors}
         packings: dict[str, Any] = {
             source: Rows(Blocks(codec(planned[place.tensor.name].codec))) for source, place in linears.items()
@@ -208,6 +222,7 @@ class GGUFBlockwise:
             for source, place in linears.items():
                 if role(place.tensor.name) == OUTPUT:
                     run.head(source, np.ascontiguousarray(self.model.read(source), np.float32))
+        return run.notes
 
 
 def _method(tensor: PlannedTensor) -> str:

@@ -172,11 +172,11 @@ class GGUFJob:
             plan = self._made(None, self.output, work)[1]
             return self._write(plan, self.source, work, overwrite, Learned(), self._limits(plan))
         statistics, file = promised(self.model, self.calibration, self.output, self.chunks, overwrite=True)
-        made, limits = work.path / STATISTICS, None
+        made = work.path / STATISTICS
         beside = {}
         if not statistics.tensors:
             source, plan, found = self._made(statistics, file)
-            limits = self._limits(plan)
+            self._limits(plan)  # refuses before the texts run
             if self.budget is None:  # how large a mixture gets is not known yet
                 check(plan, source, self.output, overwrite, feedback=True)
             if found is not None:
@@ -185,7 +185,7 @@ class GGUFJob:
                     work.done(STATISTICS)
                 beside = {made: file}
         source, plan, found = self._made(statistics, file, work)
-        limits = limits or self._limits(plan)
+        limits = self._limits(plan)  # of a budget the types, too, are known now
         blockwise = None
         if self.feeds_back and found is not None:
             state = work.path / "activations"
@@ -284,7 +284,7 @@ class GGUFJob:
         if self.factors:
             plan = with_feedback(plan, self.factors, statistics.texts_sha256)
         elif self.feeds_back:
-            plan = planned_blockwise(plan, self._opened)
+            plan = planned_blockwise(plan, self._opened, self._text.inputs.size)
         if not statistics.tensors:
             return told, plan, {}
         found, notes = importances_of(plan, statistics, file)

@@ -132,7 +132,7 @@ def text_run(plan: Plan, model: Model, windows: int, context: int, tunes: bool) 
     Args:
         tunes: whether blocks are tuned afterwards.
     """
-    from fewbits.calibration.memory_need import LESS_TEXT, Block, TextRun  # imports torch
+    from fewbits.calibration.memory_need import LESS_TEXT, OF_TUNING, Block, TextRun  # imports torch
 
     methods = {tensor.method for tensor in plan.tensors if tensor.method not in ("copy", "convert")}
     kinds = {method_named(name).hessian for name in methods} - {""}
@@ -148,7 +148,7 @@ def text_run(plan: Plan, model: Model, windows: int, context: int, tunes: bool) 
         of_square=max([square, *(OF_SQUARE.get(name, 0) for name in methods)]),
         all_inputs=bool(methods & {"awq", "awq+gptq", "smoothquant"}) or plan.format == "gguf",
         copies=2 if tunes else 0,
-        gradients=tunes,
+        gradients=OF_TUNING if tunes else 0,
         waits=True,
         head=max((t.n_weights for t in plan.tensors if _is_head(t)), default=0),
         way_out=f"{LESS_TEXT}{other if kinds else ''}.",
