@@ -7,15 +7,18 @@
 (llama-quantize's from our unquantized conversion, so that only the quantizer differs). One importance matrix of the
 calibration texts serves both sides; what each side makes of it, and we of the texts, are the rows: see `MAKERS`. Of a
 text that is named both ways the second half is kept out of the calibration, and measures. Rows that are in `--work`
-already are not made again.
+already are not made again; a folder serves one model, one calibration and one `--chunks`. The tables of docs/quality.md
+come out at the end: the first text in full, then all texts.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +57,25 @@ MAKERS = {
     "size, default": Maker("default", budget=True),
     "size, thorough": Maker("thorough", budget=True),
 }
+PEERS = ("llama.cpp", "llama.cpp, imatrix")
+ONE_TYPE = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
+"""Levels that name one type, which ours keep; of other levels ours keep the size."""
+
+
+def makers_of(level: str) -> list[str]:
+    """The rows of a level."""
+    efforts = ("fast", "default", "thorough")
+    return [*PEERS, *(effort if level in ONE_TYPE else f"size, {effort}" for effort in efforts)]
+
+
+class RefusedError(Exception):
+    """llama-quantize makes no such file."""
 
 
 def run(*command: str | Path | int) -> None:
     done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{command[0]}: {done.stderr[-2000:]}")
+        raise RefusedError(done.stderr[-2000:])
 
 
 def used() -> float:
@@ -88,7 +104,21 @@ class Bench:
             seen.write_text(whole[: len(whole) // 2], encoding="utf-8")
             kept.write_text(whole[len(whole) // 2 :], encoding="utf-8")
             texts[texts.index(path)], calibration[calibration.index(path)] = kept, seen
-        return Bench(options, texts, calibration)
+        bench = Bench(options, texts, calibration)
+        bench.check()
+        return bench
+
+    def check(self) -> None:
+        """Refuse a folder with rows of something else."""
+        options, kept = self.options, self.options.work / "settings.json"
+        settings = {
+            "model": str(options.model.resolve()),
+            "calibration": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.calibration],
+            "windows": [options.calibration_chunks, options.chunks],
+        }
+        if kept.exists() and json.loads(kept.read_text()) != settings:
+            raise SystemExit(f"{options.work}: its rows are of another model, calibration or --chunks. Name another.")
+        kept.write_text(json.dumps(settings))
 
     @property
     def statistics(self) -> Path:
@@ -136,8 +166,11 @@ class Bench:
         if not missing:
             return found
         out = self.options.work / f"{level}.{name.replace(', ', '-')}.gguf"
-        _, started, before = self.statistics, time.monotonic(), used()
-        self.make(MAKERS[name], level, out)
+        _, _, started, before = self.statistics, self.source, time.monotonic(), used()
+        try:
+            self.make(MAKERS[name], level, out)
+        except RefusedError as error:
+            return {"refused": str(error)}
         if not found:
             found = {"bytes": out.stat().st_size, "seconds": time.monotonic() - started, "used": used() - before}
             found["texts"] = {}
@@ -170,31 +203,58 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--calibration-chunks", type=int, default=64)
     parser.add_argument("--levels", nargs="+", default=LEVELS)
-    parser.add_argument("--makers", nargs="+", default=[*MAKERS], choices=[*MAKERS])
+    parser.add_argument("--makers", nargs="+", choices=[*MAKERS])
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench.of(options)
-    names = [text.name for text in bench.texts]
-    print("| level | made by | bytes | seconds | of processor time | perplexity | " + " | ".join(names) + " |")
-    print("|---|---|---|---|---|---|" + "---|" * len(names), flush=True)
+    rows = []
     for level in options.levels:
-        peer: dict[str, float] = {}
-        for maker in options.makers:
-            row = bench.row(maker, level)
-            found = [row["texts"][name] for name in names]
-            if maker == "llama.cpp, imatrix":
-                peer = {name: one["kl"] for name, one in zip(names, found, strict=True)}
-            cells = [
-                f"{one['kl']:.4f} ± {one['spread']:.4f}" + (f", {one['kl'] / peer[name]:.2f}x" if peer else "")
-                for name, one in zip(names, found, strict=True)
-            ]
-            print(
-                f"| {level} | {maker} | {row['bytes']} | {row['seconds']:.0f} | {row['used']:.0f} "
-                f"| {found[0]['perplexity']:.2f} | {' | '.join(cells)} |",
-                flush=True,
-            )
+        for maker in options.makers or makers_of(level):
+            rows.append((level, maker, bench.row(maker, level)))
+            print(level, maker, rows[-1][2], file=sys.stderr, flush=True)
+    names = [text.name for text in bench.texts]
+    print_first(rows, names[0])
+    if len(names) > 1:
+        print_all(rows, names)
+
+
+Rows = list[tuple[str, str, dict[str, Any]]]
+
+
+def peers(rows: Rows, text: str) -> dict[str, float]:
+    """By level: what llama.cpp with an importance matrix loses."""
+    return {level: row["texts"][text]["kl"] for level, maker, row in rows if maker == PEERS[1] and "texts" in row}
+
+
+def print_first(rows: Rows, text: str) -> None:
+    print("| level | made by | bytes | processor seconds | perplexity | KL divergence | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    peer = peers(rows, text)
+    for level, maker, row in rows:
+        if "refused" in row:
+            print(f"| {level} | {maker} | - | - | - | refused | |")
+            continue
+        one = row["texts"][text]
+        ratio = f"{one['kl'] / peer[level]:.2f}" if level in peer else ""
+        kl = f"{one['kl']:.4f} ± {one['spread']:.4f}"
+        print(f"| {level} | {maker} | {row['bytes']} | {row['used']:.0f} | {one['perplexity']:.2f} | {kl} | {ratio} |")
+
+
+def print_all(rows: Rows, texts: list[str]) -> None:
+    print(f"\n| level | made by | {' | '.join(texts)} |")
+    print("|---|---|" + "---|" * len(texts))
+    by_text = {text: peers(rows, text) for text in texts}
+    for level, maker, row in rows:
+        if "refused" in row:
+            continue
+        cells = []
+        for text, peer in by_text.items():
+            one = row["texts"][text]
+            ratio = f" ({one['kl'] / peer[level]:.2f})" if level in peer else ""
+            cells.append(f"{one['kl']:.4f} ± {one['spread']:.4f}{ratio}")
+        print(f"| {level} | {maker} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
