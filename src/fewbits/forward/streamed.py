@@ -241,7 +241,7 @@ class StreamedModel:
         """Take windows through a block for those who observe its modules; the results are dropped.
 
         Args:
-            batches: at most so many, evenly spread; None means all.
+            batches: at most so many, at even distances from the first on; None means all.
         """
         step = max(1, len(stream.batches) // batches) if batches else 1
         for batch in stream.batches[::step][:batches]:
