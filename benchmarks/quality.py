@@ -69,13 +69,16 @@ def makers_of(level: str) -> list[str]:
 
 
 class RefusedError(Exception):
-    """llama-quantize makes no such file."""
+    """llama-quantize makes no such file without an importance matrix."""
 
 
 def run(*command: str | Path | int) -> None:
     done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RefusedError(done.stderr[-2000:])
+        told = done.stdout + done.stderr
+        if "importance matrix" in told:
+            raise RefusedError(told[-2000:])
+        raise SystemExit(f"{command[0]}: {told[-2000:]}")
 
 
 def used() -> float:
@@ -105,10 +108,10 @@ class Bench:
             kept.write_text(whole[len(whole) // 2 :], encoding="utf-8")
             texts[texts.index(path)], calibration[calibration.index(path)] = kept, seen
         bench = Bench(options, texts, calibration)
-        bench.check()
+        bench.check_folder()
         return bench
 
-    def check(self) -> None:
+    def check_folder(self) -> None:
         """Refuse a folder with rows of something else."""
         options, kept = self.options, self.options.work / "settings.json"
         settings = {
@@ -194,32 +197,6 @@ class Bench:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--bin", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--calibration", type=Path, action="append", required=True)
-    parser.add_argument("--calibration-chunks", type=int, default=64)
-    parser.add_argument("--levels", nargs="+", default=LEVELS)
-    parser.add_argument("--makers", nargs="+", choices=[*MAKERS])
-    parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench.of(options)
-    rows = []
-    for level in options.levels:
-        for maker in options.makers or makers_of(level):
-            rows.append((level, maker, bench.row(maker, level)))
-            print(level, maker, rows[-1][2], file=sys.stderr, flush=True)
-    names = [text.name for text in bench.texts]
-    print_first(rows, names[0])
-    if len(names) > 1:
-        print_all(rows, names)
-
-
 Rows = list[tuple[str, str, dict[str, Any]]]
 
 
@@ -255,6 +232,32 @@ def print_all(rows: Rows, texts: list[str]) -> None:
             ratio = f" ({one['kl'] / peer[level]:.2f})" if level in peer else ""
             cells.append(f"{one['kl']:.4f} ± {one['spread']:.4f}{ratio}")
         print(f"| {level} | {maker} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--bin", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--calibration", type=Path, action="append", required=True)
+    parser.add_argument("--calibration-chunks", type=int, default=64)
+    parser.add_argument("--levels", nargs="+", default=LEVELS)
+    parser.add_argument("--makers", nargs="+", choices=[*MAKERS])
+    parser.add_argument("--chunks", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench.of(options)
+    rows = []
+    for level in options.levels:
+        for maker in options.makers or makers_of(level):
+            rows.append((level, maker, bench.row(maker, level)))
+            print(level, maker, rows[-1][2], file=sys.stderr, flush=True)
+    names = [text.name for text in bench.texts]
+    print_first(rows, names[0])
+    if len(names) > 1:
+        print_all(rows, names)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_a_report_says_what_a_text_was_too_short_for(tmp_path: Path, text: Path) -> None:
     directory = save_tiny(tmp_path / "model", "llama", LLAMA | {"intermediate_size": 1024})
-    options = {"calibration": text, "effort": "thorough", "threads": 1}
-    plan = fewbits.plan(directory, "Q4_0", **{k: v for k, v in options.items() if k != "threads"}, calibration_chunks=1)
+    options = {"calibration": text, "effort": "thorough"}
+    plan = fewbits.plan(directory, "Q4_0", **options, calibration_chunks=1)
     methods = {tensor.name: tensor.method for tensor in plan.tensors}
     assert methods["blk.0.ffn_down.weight"] == "search"
     assert methods["blk.0.ffn_up.weight"] == "gptq"

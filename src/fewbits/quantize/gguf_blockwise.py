@@ -78,18 +78,18 @@ def planned_blockwise(plan: Plan, model: Model, tokens: int) -> Plan:
     """The plan with error feedback wherever a tensor's type allows, in decoder blocks and the head, and text of so many
     tokens says enough: fewer than it has columns fit the text and not the model."""
     linears = linears_of(model)
-    able = {
+    methods = {
         tensor.name: "gptq" if tokens >= tensor.shape[-1] else "search"
         for tensor in plan.tensors
         if tensor.name in linears and tensor.method in ("search", "gptq") and feedback_span(codec(tensor.codec))
     }
-    tensors = [t.model_copy(update={"method": able.get(t.name, t.method)}) for t in plan.tensors]
-    fed = [*able.values()].count("gptq")
+    tensors = [t.model_copy(update={"method": methods.get(t.name, t.method)}) for t in plan.tensors]
+    fed = [*methods.values()].count("gptq")
     notes = [f"{fed} tensors are rounded with error feedback, block by block"]
-    if fed < len(able):
+    if fed < len(methods):
         notes.append(
-            f"{len(able) - fed} tensors have more columns than the text has tokens ({tokens}) and are only searched: "
-            "take a longer text or more --calibration-chunks"
+            f"{len(methods) - fed} tensors have more columns than the text has tokens ({tokens}) and are "
+            "only searched: take a longer text or more --calibration-chunks"
         )
     return plan.model_copy(update={"tensors": tensors, "notes": [*plan.notes, *notes]})
 
