@@ -100,6 +100,7 @@ class Bench:
     @staticmethod
     def of(options: argparse.Namespace) -> Bench:
         """Split the texts that both calibrate and measure."""
+        options.work.mkdir(parents=True, exist_ok=True)
         texts, calibration = list(options.text), list(options.calibration)
         for path in {*texts} & {*calibration}:
             whole = path.read_text(encoding="utf-8")
@@ -162,13 +163,14 @@ class Bench:
             overwrite=True,
         )
 
-    def row(self, name: str, level: str) -> dict[str, Any]:
-        kept = self.options.work / f"{level}.{name.replace(', ', '-')}.json"
+    def row(self, name: str, level: str, variant: str = "") -> dict[str, Any]:
+        """What a maker's file takes and loses; `variant` tells rows of one maker apart."""
+        kept = self.options.work / f"{level}.{name.replace(', ', '-')}{variant}.json"
         found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
         missing = [text for text in self.texts if text.name not in found.get("texts", {})]
         if not missing:
             return found
-        out = self.options.work / f"{level}.{name.replace(', ', '-')}.gguf"
+        out = kept.with_suffix(".gguf")
         _, _, started, before = self.statistics, self.source, time.monotonic(), used()
         try:
             self.make(MAKERS[name], level, out)
@@ -234,8 +236,9 @@ def print_all(rows: Rows, texts: list[str]) -> None:
         print(f"| {level} | {maker} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What a `Bench` needs to be told."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -243,11 +246,15 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, action="append", required=True)
     parser.add_argument("--calibration-chunks", type=int, default=64)
     parser.add_argument("--levels", nargs="+", default=LEVELS)
-    parser.add_argument("--makers", nargs="+", choices=[*MAKERS])
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--makers", nargs="+", choices=[*MAKERS])
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench.of(options)
     rows = []
     for level in options.levels:
