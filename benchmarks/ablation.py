@@ -52,11 +52,11 @@ PARTS: dict[str, list[tuple[object, str, object]]] = {
     "each block calibrated on what the quantized ones before it give": [
         (blockwise.BlockwiseRun, "_decoded", unquantized)
     ],
+    HEAD: [(gguf_blockwise, "OUTPUT", None)],
+    TYPES: [],
     "scales searched with feedback in view": [(Factor, "expected", by_importance)],
     "damping by held-out text": [(blockwise, "choose_damping", lambda *_: DAMPING)],
     "tokens of great energy count less": [(blockwise, "ENERGY_CAP", None), (collect, "ENERGY_CAP", None)],
-    HEAD: [(gguf_blockwise, "OUTPUT", None)],
-    TYPES: [],
 }
 """What is left out -> what is put in its place: owner, name, value."""
 
