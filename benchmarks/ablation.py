@@ -18,10 +18,10 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import torch
-from quality import ONE_TYPE, PEERS, Bench, arguments
+from quality import ONE_TYPE, PEERS, Bench, arguments, share
 
 from fewbits.calibration import collect
-from fewbits.codecs import Codec
+from fewbits.methods import method
 from fewbits.methods.base import DAMPING, Factor
 from fewbits.methods.gptq import GPTQ
 from fewbits.quantize import blockwise, gguf_blockwise
@@ -30,12 +30,6 @@ from fewbits.quantize.rescaling import Rescaling
 Floats = npt.NDArray[np.float32]
 HEAD, TYPES = "feedback for the head", "types chosen freely"
 """What only levels bring that keep no type."""
-
-
-def searched(
-    _: type[GPTQ], weights: Floats, codec: type[Codec], importance: Floats | None = None, factor: Factor | None = None
-) -> npt.NDArray[np.uint8]:
-    return codec.encode(weights, importance)
 
 
 def unquantized(_: blockwise.BlockwiseRun, name: str, arrays: dict[str, Any], weights: torch.Tensor) -> Floats:
@@ -47,7 +41,7 @@ def by_importance(_: Factor, importance: Floats) -> Floats:
 
 
 PARTS: dict[str, list[tuple[object, str, object]]] = {
-    "error feedback": [(GPTQ, "quantize", classmethod(searched))],
+    "error feedback": [(GPTQ, "quantize", method("search").quantize)],
     "channels rescaled (AWQ)": [(Rescaling, "__call__", lambda *_: None)],
     "each block calibrated on what the quantized ones before it give": [
         (blockwise.BlockwiseRun, "_decoded", unquantized)
@@ -89,10 +83,7 @@ def main() -> None:
             print(level, part, rows[part], file=sys.stderr, flush=True)
         rows["everything: llama.cpp with imatrix"] = bench.row(PEERS[1], level)
         for part, row in rows.items():
-            cells = []
-            for text in texts:
-                kl, least = row["texts"][text]["kl"], full["texts"][text]["kl"]
-                cells.append(f"{kl:.4f} ({kl / least:.2f})")
+            cells = [share(row["texts"][text]["kl"], full["texts"][text]["kl"]) for text in texts]
             print(f"| {level} | {part} | {' | '.join(cells)} |", flush=True)
 
 

@@ -207,6 +207,11 @@ def peers(rows: Rows, text: str) -> dict[str, float]:
     return {level: row["texts"][text]["kl"] for level, maker, row in rows if maker == PEERS[1] and "texts" in row}
 
 
+def share(kl: float, whole: float | None) -> str:
+    """A KL divergence, and in brackets what share of another it is."""
+    return f"{kl:.4f}" + (f" ({kl / whole:.2f})" if whole else "")
+
+
 def print_first(rows: Rows, text: str) -> None:
     print("| level | made by | bytes | processor seconds | perplexity | KL divergence | ratio |")
     print("|---|---|---|---|---|---|---|")
@@ -228,11 +233,7 @@ def print_all(rows: Rows, texts: list[str]) -> None:
     for level, maker, row in rows:
         if "refused" in row:
             continue
-        cells = []
-        for text, peer in by_text.items():
-            one = row["texts"][text]
-            ratio = f" ({one['kl'] / peer[level]:.2f})" if level in peer else ""
-            cells.append(f"{one['kl']:.4f} ± {one['spread']:.4f}{ratio}")
+        cells = [share(row["texts"][text]["kl"], peer.get(level)) for text, peer in by_text.items()]
         print(f"| {level} | {maker} | {' | '.join(cells)} |")
 
 
